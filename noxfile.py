@@ -1,0 +1,112 @@
+"""
+The one door to every check; `.ci/run` goes through it as well.
+
+Tests run on the built wheel: in a flat layout the working tree would shadow it, so
+they run in a copy of the project that lacks `pgtrack/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nox
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+nox.needs_version = ">=2025.2.9"
+nox.options.error_on_external_run = True
+
+ROOT = Path(__file__).resolve().parent
+PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
+
+# Folders of tests that need servers or frameworks. A new folder is part of the kit
+# until it is named here.
+BEYOND_THE_KIT = ("collector", "end_to_end", "integrations")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install(".[lint]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the package's types, and the public ones as a user's checkers see them."""
+    session.install("-e", ".[tests,typing]")
+    session.run("mypy")
+    session.run("pyright", env={"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"})
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run all tests, and keep the coverage data for `coverage`."""
+    session.install(".[tests]")
+    _measure(session)
+
+
+@nox.session(python=PYTHONS)
+def kit(session: nox.Session) -> None:
+    """Run the kit's own tests with no framework installed; keep the coverage data."""
+    session.install(".[kit]")
+    _measure(session, *(f"--ignore=tests/{folder}" for folder in BEYOND_THE_KIT))
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Combine what `tests` and `kit` measured, and demand all lines and branches."""
+    session.install("coverage[toml]")
+    session.run("coverage", "combine")
+    session.run("coverage", "report", "--fail-under=100")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run each example."""
+    session.install(".[tests]")
+    with _without_sources(session):
+        session.run("pytest", "tests/test_examples.py", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run the code in the README, in `docs/` and in docstrings."""
+    session.install(".[tests]")
+    with _without_sources(session):
+        session.run("pytest", "tests/test_docs.py", *session.posargs)
+        # 5: no docstring holds an example.
+        doctests = ("--doctest-modules", "--pyargs", "pgtrack")
+        session.run("pytest", *doctests, success_codes=[0, 5])
+
+
+def _measure(session: nox.Session, *arguments: str) -> None:
+    """Run pytest under coverage; the data end up in the working tree."""
+    with _without_sources(session):
+        session.run(
+            *("coverage", "run", "-m", "pytest"),
+            *arguments,
+            *session.posargs,
+            env={"COVERAGE_FILE": str(ROOT / ".coverage")},
+        )
+
+
+@contextlib.contextmanager
+def _without_sources(session: nox.Session) -> Iterator[None]:
+    """Work in a copy of the project in which only the wheel can be imported."""
+
+    def unwanted(folder: str, names: list[str]) -> set[str]:
+        if Path(folder) != ROOT:
+            return {"__pycache__"}
+        return {n for n in names if n == "pgtrack" or n.startswith(".")} - {".ci"}
+
+    with tempfile.TemporaryDirectory(prefix="pgtrack-") as copy:
+        shutil.copytree(ROOT, copy, ignore=unwanted, dirs_exist_ok=True)
+        with session.chdir(copy):
+            yield

@@ -1,0 +1,493 @@
+"""
+The blocks: sessions, journeys, calls, and the other side of a hand-off.
+
+A block is a recipe that can be entered any number of times, also at once in several
+threads and tasks.  Each time it makes an `Activation`, which holds what this one run
+knows and says what is to be told when it is left.  The decorators use the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pgtrack import _diagnostics, _errors, _propagation
+from pgtrack._api import default_client
+from pgtrack._clock import new_id
+from pgtrack._context import (
+    Cell,
+    Frame,
+    current_frame,
+    is_session_id,
+    new_session_id,
+    pop,
+    push,
+)
+from pgtrack._snapshot import KEEP_ALL, snapshot
+
+if TYPE_CHECKING:
+    from pgtrack._client import Client
+    from pgtrack._propagation import Headers
+
+__all__ = [
+    "Activation",
+    "ApiCall",
+    "Block",
+    "Journey",
+    "api_call",
+    "continued_from",
+    "journey",
+    "session",
+]
+
+
+
+class Activation:
+    """
+    One run of a block.
+
+    Attributes:
+        frame: What the run pushed; None if it runs in the frame around it.
+    """
+
+    __slots__ = ("frame",)
+
+    def __init__(self, frame: Frame | None) -> None:
+        self.frame = frame
+        if frame is not None:
+            push(frame)
+
+    def leave(self, error: BaseException | None = None, result: object = None) -> None:
+        """
+        End the run, by *error* or with the *result* of a decorated function.
+
+        Nothing of our own leaves here: the host goes on with its own result or error.
+        """
+        try:
+            self.tell(error, result)
+        except Exception as problem:  # noqa: BLE001  the host must not see our errors
+            _diagnostics.internal_error(problem)
+        finally:
+            if self.frame is not None:
+                pop(self.frame)
+
+    def tell(self, error: BaseException | None, result: object) -> None:
+        """Emit what is to be told at the end."""
+
+
+A = TypeVar("A", bound=Activation)
+B = TypeVar("B", bound="Block[Any]")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Block(Generic[A]):
+    """
+    A recipe for runs: a context manager, sync and async, and a decorator.
+
+    As a decorator of a generator it is entered around each step, not around the body, so
+    that the consumer never runs inside of it.
+    """
+
+    def __init__(self, client: Client | None) -> None:
+        self._client = client
+        self._entered: list[A] = []
+
+    @property
+    def client(self) -> Client:
+        """The client of the block, else the default one."""
+        return default_client() if self._client is None else self._client
+
+    def activate(self) -> A:
+        """Begin a run."""
+        raise NotImplementedError
+
+    def __enter__(self) -> A:
+        activation = self.activate()
+        self._entered.append(activation)
+        return activation
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._innermost().leave(error)
+
+    async def __aenter__(self) -> A:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+    def __call__(self, function: F) -> F:
+        """Decorate *function*: each call is a run of the block."""
+        from pgtrack._decorators import observe  # noqa: PLC0415  it is above us
+
+        return observe(function, self.activate, self)
+
+    def _innermost(self) -> A:
+        """Take out the run that is left: the innermost of this context, else the last."""
+        entered = self._entered
+        if len(entered) > 1:
+            frame = current_frame()
+            while frame is not None:
+                for activation in entered:
+                    if activation.frame is frame:
+                        entered.remove(activation)
+                        return activation
+                frame = frame.parent
+        return entered.pop()
+
+
+# --- sessions ---
+
+
+class SessionRun(Activation):
+    """A session under way."""
+
+    __slots__ = ()
+
+    @property
+    def session_id(self) -> str:
+        """The id of the session."""
+        assert self.frame is not None  # noqa: S101  a session always pushes
+        return str(self.frame.session_id)
+
+
+class session(Block[SessionRun]):  # noqa: N801  a verb, used as `with session(...)`
+    """
+    Put what happens inside into one session.
+
+    A context manager, sync and async, and a decorator.  Another session starts with no
+    user and no journey; the request id and metadata carry over.  The session that is
+    already active may be entered again, and is then gone on with.
+
+    Args:
+        session_id: 1 to 128 of ASCII letters, digits and `_.:-`, a letter or digit first
+            (a UUID with `session_id_format="uuid"`).  None makes a new one for each
+            entry, as does an id that does not fit, which is counted.
+
+        user_id: The user, as for `identify`.
+
+        metadata: Added to the metadata of each event inside.
+
+        client: Instead of the default client, for the counts and the format of ids.
+    """
+
+    def __init__(
+        self,
+        session_id: str | None = None,
+        *,
+        user_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        client: Client | None = None,
+    ) -> None:
+        super().__init__(client)
+        self._session_id = session_id
+        self._user_id = user_id
+        self._metadata = metadata
+
+    def activate(self) -> SessionRun:
+        """Begin the session."""
+        client = self.client
+        format = client.config.session_id_format  # noqa: A001
+        session_id = self._session_id
+        if session_id is not None and not is_session_id(session_id, format):
+            client.adjust("session_id")
+            session_id = None
+        if session_id is None:
+            session_id = new_session_id(format=format)
+        user_id = self._user_id
+        if user_id is not None:
+            user_id = client.checked_user_id(user_id)
+        metadata: dict[str, Any] = {}
+        if self._metadata is not None:
+            taken = snapshot(self._metadata, KEEP_ALL).value
+            metadata = taken if isinstance(taken, dict) else {"value": taken}
+        return SessionRun(session_frame(session_id, user_id=user_id, metadata=metadata))
+
+
+def session_frame(
+    session_id: str,
+    *,
+    user_id: str | None = None,
+    request_id: str | None = None,
+    journey_id: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    is_remote: bool = False,
+) -> Frame:
+    """Return a frame for a session inside of the present frame."""
+    parent = current_frame()
+    if parent is None:
+        return Frame(
+            None,
+            session_id=session_id,
+            request_id=request_id,
+            journey_id=journey_id,
+            metadata=metadata or {},
+            cell=Cell(user_id),
+            is_remote=is_remote,
+        )
+    is_same = parent.session_id == session_id
+    cell = Cell(user_id)
+    if is_same and user_id is None:
+        cell = parent.cell
+    return Frame(
+        parent,
+        session_id=session_id,
+        request_id=request_id or parent.request_id,
+        journey_id=journey_id or (parent.journey_id if is_same else None),
+        step=parent.step if is_same else None,
+        metadata={**parent.metadata, **metadata} if metadata else parent.metadata,
+        cell=cell,
+        is_remote=is_remote or (is_same and parent.is_remote),
+        is_suppressed=parent.is_suppressed,
+    )
+
+
+class continued_from(Block[SessionRun]):  # noqa: N801  a verb, used as `with ...`
+    """
+    Go on with the correlation that another service, queue or job handed over.
+
+    Without a valid session in the headers the block has a fresh one of its own
+    (`srv-<uuid>`), and without a valid request id a new UUID.
+
+    Args:
+        headers: Any mapping, or pairs, of header names and values, as text or bytes.
+            Values that do not fit their grammar are as good as absent, and counted.
+
+        trusted: Whether outsiders cannot write these headers: `X-User-ID` and
+            `X-Journey-ID` are then read as well.
+
+        client: Instead of the default client, for the counts and the format of ids.
+    """
+
+    def __init__(
+        self,
+        headers: Headers,
+        trusted: bool = False,  # noqa: FBT001, FBT002  the design's signature
+        *,
+        client: Client | None = None,
+    ) -> None:
+        super().__init__(client)
+        self._headers = headers
+        self._is_trusted = trusted
+
+    def activate(self) -> SessionRun:
+        """Read the headers and begin the session."""
+        client = self.client
+        format = client.config.session_id_format  # noqa: A001
+        incoming = _propagation.extract(
+            self._headers, session_id_format=format, is_trusted=self._is_trusted
+        )
+        for field in incoming.refused:
+            client.adjust(field)
+        session_id = incoming.session_id or new_session_id("srv-", format)
+        frame = session_frame(
+            session_id,
+            user_id=incoming.user_id,
+            request_id=incoming.request_id or new_id(),
+            journey_id=incoming.journey_id,
+            is_remote=incoming.session_id is not None,
+        )
+        return SessionRun(frame)
+
+
+# --- journeys ---
+
+
+class Journey(Activation):
+    """
+    A journey under way: tell its steps, and how it ended.
+
+    Attributes:
+        journey_id: The journey.
+    """
+
+    __slots__ = ("_client", "_has_ended", "journey_id")
+
+    def __init__(self, frame: Frame, journey_id: str, client: Client) -> None:
+        self._client = client
+        self._has_ended = False
+        self.journey_id = journey_id
+        super().__init__(frame)
+
+    def step(
+        self, step_id: str, name: str | None = None, **fields: Any
+    ) -> bool:
+        """
+        Emit a `journey.step` event.
+
+        Args:
+            step_id: The step, such as `payment`.
+
+            name: The step as people call it.
+
+            fields: As for `emit`.
+        """
+        return self._client.track_journey_step(
+            self.journey_id, step_id, name, **fields
+        )
+
+    def convert(self, **fields: Any) -> bool:
+        """Emit that the journey reached its goal."""
+        return self._end("converted", fields)
+
+    def abandon(self, reason: str | None = None, **fields: Any) -> bool:
+        """Emit that the journey was given up; *reason* goes into the metadata."""
+        if reason is not None:
+            metadata = fields.get("metadata") or {}
+            fields["metadata"] = {**metadata, "reason": reason}
+        return self._end("abandoned", fields)
+
+    def _end(self, status: str, fields: dict[str, Any]) -> bool:
+        # The names the real frontend uses: ProductGraph's type list has no conversion.
+        self._has_ended = True
+        fields.setdefault("name", "journey_conversion")
+        fields.setdefault("journey_id", self.journey_id)
+        fields.setdefault("journey_conversion_status", status)
+        return self._client.emit("custom", **fields)
+
+    def tell(self, error: BaseException | None, result: object) -> None:
+        """Abandon the journey if an exception ends it before it did."""
+        del result
+        is_abandoned = error is not None and not isinstance(error, GeneratorExit)
+        if is_abandoned and not self._has_ended:
+            self.abandon(type(error).__name__)
+
+
+class journey(Block[Journey]):  # noqa: N801  a verb, used as `with journey(...)`
+    """
+    Put what happens inside into a journey, a funnel that product managers look at.
+
+    A context manager, sync and async, and a decorator.  Each event inside carries the
+    journey's id.  A journey that an exception leaves is abandoned, unless it was
+    converted or abandoned before.
+
+    Args:
+        journey_id: The journey, such as `checkout_flow`.
+
+        client: Instead of the default client.
+    """
+
+    def __init__(self, journey_id: str, *, client: Client | None = None) -> None:
+        super().__init__(client)
+        self._journey_id = journey_id
+
+    def activate(self) -> Journey:
+        """Begin the journey."""
+        frame = part_frame(self._journey_id, None)
+        return Journey(frame, self._journey_id, self.client)
+
+
+def part_frame(journey_id: str | None, step: tuple[str, str | None] | None) -> Frame:
+    """Return a frame for a journey or a step inside of the present frame."""
+    parent = current_frame()
+    if parent is None:
+        return Frame(None, journey_id=journey_id, step=step)
+    return parent.child(journey_id=journey_id, step=step)
+
+
+# --- calls ---
+
+
+class ApiCall(Activation):
+    """
+    A call under way; the `api.response` event is emitted when it is left.
+
+    Attributes:
+        method: The HTTP method, or None.
+
+        path: The route or path.
+
+        status_code: The HTTP status to tell; set it where 200 is not the answer.
+    """
+
+    __slots__ = ("_client", "_component", "_started", "method", "path", "status_code")
+
+    def __init__(
+        self,
+        client: Client,
+        method: str | None,
+        path: str | None,
+        component: str | None = None,
+    ) -> None:
+        self._client = client
+        self._component = component
+        self.method = method
+        self.path = path
+        self.status_code: int = 200
+        self._started = time.perf_counter()
+        # Outside of any unit of work the call is one: `identify` has a place to write.
+        super().__init__(Frame(None) if current_frame() is None else None)
+
+    def tell(self, error: BaseException | None, result: object) -> None:
+        """Emit the response, and before it the error that a 500 stands for."""
+        del result
+        duration = time.perf_counter() - self._started
+        status = self.status_code
+        if error is not None and not isinstance(error, GeneratorExit):
+            status = _errors.status_of(error)
+        checked = _errors.as_status(status)
+        if checked is None:
+            self._client.adjust("status_code")
+            checked = 200
+        if checked >= 500:  # noqa: PLR2004
+            self._tell_error(error, checked)
+        fields: dict[str, Any] = {
+            "api_path": self.path,
+            "api_status_code": checked,
+            "api_duration_ms": duration * 1000,
+        }
+        if self.method is not None:
+            fields["api_method"] = self.method
+        self._client.emit("api.response", **fields)
+
+    def _tell_error(self, error: BaseException | None, status: int) -> None:
+        if error is None:
+            self._client.emit(
+                "error",
+                error_type=str(status),
+                error_message=_errors.phrase(status),
+                error_component=self._component,
+            )
+        elif _errors.is_failure(error):
+            self._client.track_error(error, error_component=self._component)
+
+
+class api_call(Block[ApiCall]):  # noqa: N801  a verb, used as `with api_call(...)`
+    """
+    Emit an `api.response` event for what happens inside, with its duration.
+
+    A context manager, sync and async, and a decorator.
+
+    Args:
+        method: The HTTP method.
+
+        path: The route or path; templates (`/users/{id}`) make better statistics.
+
+        client: Instead of the default client.
+    """
+
+    def __init__(
+        self,
+        method: str | None = None,
+        path: str | None = None,
+        *,
+        client: Client | None = None,
+    ) -> None:
+        super().__init__(client)
+        self._method = method
+        self._path = path
+
+    def activate(self) -> ApiCall:
+        """Begin the call."""
+        return ApiCall(self.client, self._method, self._path)

@@ -1,0 +1,104 @@
+"""
+Wall time, monotonic time, waiting and ids: the only file that touches them.
+
+The wall clock is looked up at each call, so that freezegun can stop it for
+stamps.  The monotonic clock is held from import on, out of freezegun's reach:
+a deadline measured on a stopped clock never comes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+__all__ = ["SYSTEM_CLOCK", "Signal", "SystemClock", "format_time", "new_id", "new_ids"]
+
+
+class Signal:
+    """
+    A wake-up that may be given from anywhere, any number of times.
+
+    `threading.Event` takes a lock that a signal handler or a finaliser could
+    find already taken by the very code it interrupts.  Here giving is one
+    atomic call that never waits; signals not yet waited for are one.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def give(self) -> None:
+        """Wake the waiter, now or when it next waits."""
+        try:
+            self._lock.release()
+        except RuntimeError:  # given already
+            pass
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until given, at most *timeout* seconds; True if it was given."""
+        if timeout is None:
+            return self._lock.acquire()
+        return self._lock.acquire(
+            timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX)
+        )
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def time_ns(self) -> int:
+        """Return nanoseconds since 1970-01-01 UTC."""
+        return time.time_ns()
+
+    def wait(self, signal: Signal, timeout: float | None) -> None:
+        """Wait for *signal*, at most *timeout* seconds."""
+        signal.wait(timeout)
+
+
+SYSTEM_CLOCK = SystemClock()
+
+
+def new_ids(count: int) -> list[str]:
+    """
+    Return *count* random UUIDs (RFC 9562, version 4) as text.
+
+    One read of the system's generator serves them all.  No state is kept, so
+    a forked child cannot repeat its parent's.
+    """
+    digits = os.urandom(16 * count).hex()
+    ids = []
+    for start in range(0, 32 * count, 32):
+        d = digits[start : start + 32]
+        variant = "89ab"[int(d[16], 16) & 3]
+        ids.append(f"{d[:8]}-{d[8:12]}-4{d[13:16]}-{variant}{d[17:20]}-{d[20:]}")
+    return ids
+
+
+def new_id() -> str:
+    """Return one random UUID as text."""
+    return new_ids(1)[0]
+
+
+_MIN_SECOND = -62_135_596_800  # 0001-01-01T00:00:00Z
+_MAX_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z
+
+
+def format_time(time_ns: int) -> str:
+    """
+    Return a time as RFC 3339 text in UTC with six digits and `Z`.
+
+    Times outside of the years 1 to 9999, which the format cannot write, are
+    moved to the nearest that it can.
+    """
+    second, rest = divmod(time_ns, 1_000_000_000)
+    second = min(max(second, _MIN_SECOND), _MAX_SECOND)
+    year, month, day, hour, minute, sec, *_ = time.gmtime(second)
+    return (
+        f"{year:04d}-{month:02d}-{day:02d}"
+        f"T{hour:02d}:{minute:02d}:{sec:02d}.{rest // 1000:06d}Z"
+    )

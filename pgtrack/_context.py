@@ -1,0 +1,278 @@
+"""
+The correlation: one context variable that holds the innermost frame.
+
+A frame is a unit of work: a session, a request, a journey or a step.  Frames
+are never changed once pushed, so that whoever copied the context (a task, a
+thread) goes on to see its own.  What must be seen across copies, the user,
+sits in a `Cell` that the frames of one session or request share.
+
+Leaving a block out of order neither raises nor clobbers.  A frame that is left
+while another is innermost is only marked closed; whoever leaves the inner one
+skips it on the way out.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Literal
+
+import attrs
+
+from pgtrack._clock import new_id
+
+__all__ = [
+    "SUPPRESSED",
+    "Cell",
+    "Context",
+    "Frame",
+    "context_of",
+    "current_frame",
+    "is_request_id",
+    "is_session_id",
+    "is_user_id",
+    "new_session_id",
+    "pop",
+    "process_session_id",
+    "push",
+    "suppress",
+    "switch",
+]
+
+SessionIdFormat = Literal["token", "uuid"]
+
+_SESSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}", re.ASCII).fullmatch
+_UUID = re.compile(
+    r"[0-9a-f]{8}-[0-9a-f]{4}-[1-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+    re.ASCII | re.IGNORECASE,
+).fullmatch
+_REQUEST = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/=@-]{0,127}", re.ASCII).fullmatch
+_USER = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
+
+
+def is_session_id(value: object, format: SessionIdFormat = "token") -> bool:  # noqa: A002
+    """
+    Return whether *value* is a session id.
+
+    `token`: 1 to 128 ASCII letters, digits and `_ . : -`, a letter or digit first.
+    `uuid`: a UUID of RFC 9562, version 1 to 8, in its hyphenated form.
+    """
+    match = _SESSION if format == "token" else _UUID
+    return isinstance(value, str) and match(value) is not None
+
+
+def is_request_id(value: object) -> bool:
+    """Return whether *value* is 1 to 128 of ASCII letters, digits and `_.:+/=@-`."""
+    return isinstance(value, str) and _REQUEST(value) is not None
+
+
+def is_user_id(value: object) -> bool:
+    """Return whether *value* is 1 to 255 visible ASCII characters."""
+    return isinstance(value, str) and _USER(value) is not None
+
+
+def new_session_id(prefix: str = "", format: SessionIdFormat = "token") -> str:  # noqa: A002
+    """Return a new session id: a UUID, behind *prefix* where the format allows one."""
+    return new_id() if format == "uuid" else prefix + new_id()
+
+
+class Cell:
+    """What a request or session learns on its way: its user."""
+
+    __slots__ = ("user_id",)
+
+    def __init__(self, user_id: str | None = None) -> None:
+        self.user_id = user_id
+
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Frame:
+    """
+    One unit of work, inside of its parent.
+
+    Attributes:
+        session_id: None for a unit of work outside of any session.
+
+        request_id: The request that is being served.
+
+        journey_id: The journey that is under way.
+
+        step: Id and name of the journey's step that is under way.
+
+        metadata: What goes into each event's metadata; a snapshot, not yet redacted.
+
+        cell: Shared by all frames of the same session or request.
+
+        is_remote: Whether the session id came in from outside.
+
+        is_suppressed: Whether emitting is off, as in pgtrack's own thread.
+
+        parent: The frame around this one.
+
+        is_closed: Whether the block was left.
+    """
+
+    __slots__ = (
+        "cell",
+        "is_closed",
+        "is_remote",
+        "is_suppressed",
+        "journey_id",
+        "metadata",
+        "parent",
+        "redacted",
+        "request_id",
+        "session_id",
+        "step",
+    )
+
+    def __init__(  # noqa: PLR0913  a frame is these values, and made in few places
+        self,
+        parent: Frame | None,
+        *,
+        session_id: str | None = None,
+        request_id: str | None = None,
+        journey_id: str | None = None,
+        step: tuple[str, str | None] | None = None,
+        metadata: Mapping[str, Any] = _NOTHING,
+        cell: Cell | None = None,
+        is_remote: bool = False,
+        is_suppressed: bool = False,
+    ) -> None:
+        self.parent = parent
+        self.session_id = session_id
+        self.request_id = request_id
+        self.journey_id = journey_id
+        self.step = step
+        self.metadata = metadata
+        self.cell = Cell() if cell is None else cell
+        self.is_remote = is_remote
+        self.is_suppressed = is_suppressed
+        self.is_closed = False
+        self.redacted: dict[object, Mapping[str, Any]] = {}
+
+    def child(
+        self,
+        *,
+        journey_id: str | None = None,
+        step: tuple[str, str | None] | None = None,
+    ) -> Frame:
+        """Return a frame for a part of this unit of work; it shares the cell."""
+        return Frame(
+            self,
+            session_id=self.session_id,
+            request_id=self.request_id,
+            journey_id=self.journey_id if journey_id is None else journey_id,
+            step=step if journey_id is not None or step is not None else self.step,
+            metadata=self.metadata,
+            cell=self.cell,
+            is_remote=self.is_remote,
+            is_suppressed=self.is_suppressed,
+        )
+
+
+_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
+    "pgtrack_frame", default=None
+)
+
+current_frame = _frame.get
+"""Return the innermost frame of the running context, or None."""
+
+
+def push(frame: Frame) -> None:
+    """Make *frame*, whose parent is the innermost, the innermost."""
+    _frame.set(frame)
+
+
+def pop(frame: Frame) -> None:
+    """Close *frame*; if it is the innermost, its nearest open parent takes over."""
+    frame.is_closed = True
+    if _frame.get() is frame:
+        parent = frame.parent
+        while parent is not None and parent.is_closed:
+            parent = parent.parent
+        _frame.set(parent)
+
+
+def switch(frame: Frame | None) -> Frame | None:
+    """Make *frame* the innermost, whatever it was, and return what it was."""
+    before = _frame.get()
+    _frame.set(frame)
+    return before
+
+
+SUPPRESSED = Frame(None, is_suppressed=True)
+"""The frame under which pgtrack does its own work."""
+
+
+@contextmanager
+def suppress() -> Iterator[None]:
+    """Turn emitting off in the running context: what is pgtrack's own is not tracked."""
+    before = switch(SUPPRESSED)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+_process_session: tuple[int, str] = (0, "")
+
+
+def process_session_id() -> str:
+    """
+    Return the session of events outside of any unit of work.
+
+    One per process, also across forks; it is never propagated.
+    """
+    global _process_session  # noqa: PLW0603  the one value a process has of it
+    pid, session_id = _process_session
+    if pid != os.getpid():
+        session_id = "proc-" + new_id()
+        _process_session = (os.getpid(), session_id)
+    return session_id
+
+
+@attrs.frozen(kw_only=True)
+class Context:
+    """
+    The correlation at one moment; None where unset.
+
+    Attributes:
+        session_id: The session; None outside of any session, request or task.
+
+        request_id: The request that is being served.
+
+        user_id: The user that `identify`, `session` or a trusted header named.
+
+        journey_id: The journey that is under way.
+
+        metadata: What `session(metadata=...)` adds to each event's metadata.
+    """
+
+    session_id: str | None = None
+    request_id: str | None = None
+    user_id: str | None = None
+    journey_id: str | None = None
+    metadata: Mapping[str, Any] = attrs.field(factory=lambda: _NOTHING)
+
+
+_OUTSIDE = Context()
+
+
+def context_of(frame: Frame | None) -> Context:
+    """Return what *frame* is to the public."""
+    if frame is None:
+        return _OUTSIDE
+    return Context(
+        session_id=frame.session_id,
+        request_id=frame.request_id,
+        user_id=frame.cell.user_id,
+        journey_id=frame.journey_id,
+        metadata=frame.metadata,
+    )

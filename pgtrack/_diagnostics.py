@@ -1,0 +1,81 @@
+"""
+What pgtrack says about itself: one line per cause and minute, logger `pgtrack`.
+
+A verb may be called from a signal handler or a finaliser, in the middle of a
+write to the very stream that a log handler writes to.  So verbs only `note`
+what happened; the lines are written by `tell`, from pgtrack's own thread or
+from a call that may wait (`flush`, `close`).
+
+Lines name causes, types and counts; never a value, an id or a key.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import traceback
+from pathlib import Path
+
+from pgtrack._clock import SYSTEM_CLOCK
+
+__all__ = ["internal_error", "note", "tell"]
+
+logger = logging.getLogger("pgtrack")
+
+_SECONDS_BETWEEN_LINES = 60.0
+_PACKAGE = str(Path(__file__).parent)
+
+reraise = False
+"""Whether our own errors are raised rather than noted; set by the project's tests."""
+
+_notes: collections.deque[tuple[str, int, str]] = collections.deque(maxlen=100)
+_quiet_until: dict[str, float] = {}
+
+
+def note(cause: str, message: str, level: int = logging.WARNING) -> None:
+    """
+    Keep *message* for the next `tell`, unless *cause* had a line within the minute.
+
+    Args:
+        cause: A short constant; what is told once a minute is told once per cause.
+
+        message: The whole line, without payload.
+
+        level: A level of `logging`.
+    """
+    now = SYSTEM_CLOCK.monotonic()
+    if now < _quiet_until.get(cause, 0.0):
+        return
+    _quiet_until[cause] = now + _SECONDS_BETWEEN_LINES
+    _notes.append((cause, level, message))
+
+
+def tell() -> None:
+    """Write the lines that were noted; call it only where waiting is allowed."""
+    while _notes:
+        try:
+            _, level, message = _notes.popleft()
+        except IndexError:  # another thread was faster
+            return
+        logger.log(level, message)
+
+
+def internal_error(error: BaseException) -> None:
+    """
+    Note an error of our own that the host must not see.
+
+    The line has the type and the place in our code; the message of the error is
+    left out, since it may quote a value.
+    """
+    if reraise:
+        raise error
+    place = "?"
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.startswith(_PACKAGE):
+            place = f"{Path(frame.filename).name}:{frame.lineno}"
+    note(
+        f"internal error {type(error).__name__} {place}",
+        f"pgtrack had an internal error ({type(error).__name__} at {place}). "
+        "An event may be missing; the host is not affected. Please report it.",
+        logging.ERROR,
+    )

@@ -1,0 +1,149 @@
+"""
+What becomes of an exception: its status, its error event, and told only once.
+
+Nothing here keeps an exception, or the frames its traceback holds, alive.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import weakref
+from typing import TypedDict
+
+from pgtrack._snapshot import MARGIN, MAX_TEXT
+
+__all__ = ["ErrorFields", "describe", "is_first_time", "is_failure", "status_of"]
+
+CANCELLED = 499
+"""The status of a call that was cancelled (nginx's "client closed request")."""
+
+
+class ErrorFields(TypedDict, total=False):
+    """The fields of an error event."""
+
+    error_type: str
+    error_message: str
+    error_stack: str
+
+
+def is_failure(error: BaseException) -> bool:
+    """
+    Return whether *error* says that something went wrong.
+
+    `GeneratorExit`, `KeyboardInterrupt`, `SystemExit` and every library's cancellation
+    are how a program ends or changes its mind.  None of them is an `Exception`, except
+    for the cancellation of `concurrent.futures`.
+    """
+    if not isinstance(error, Exception):
+        return False
+    futures = sys.modules.get("concurrent.futures")
+    return futures is None or not isinstance(error, futures.CancelledError)
+
+
+def status_of(error: BaseException) -> int:
+    """
+    Return the HTTP status that *error* amounts to.
+
+    Its own `status_code`, or the code of a Werkzeug `HTTPException`, when it is an int
+    in 100 to 599; 499 for a cancellation; 500 for whatever is left.
+    """
+    status = as_status(getattr_safely(error, "status_code"))
+    if status is None:
+        status = _werkzeug_status(error)
+    if status is not None:
+        return status
+    if is_failure(error) or isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return 500
+    return CANCELLED
+
+
+def as_status(value: object) -> int | None:
+    """Return *value* as a plain int if it is an HTTP status, else None."""
+    if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:  # noqa: PLR2004
+        return int(value)
+    return None
+
+
+def phrase(status: int) -> str:
+    """Return what RFC 9110 calls *status*."""
+    from http import HTTPStatus  # noqa: PLC0415  needed for failures alone
+
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown status"
+
+
+def getattr_safely(value: object, name: str) -> object:
+    """Return an attribute of a foreign object, None where there is none to be had."""
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001  a property may raise anything
+        return None
+
+
+def _werkzeug_status(error: BaseException) -> int | None:
+    exceptions = sys.modules.get("werkzeug.exceptions")
+    if exceptions is None or not isinstance(error, exceptions.HTTPException):
+        return None
+    status = as_status(getattr_safely(error, "code"))
+    if status is None:  # abort(response)
+        response = getattr_safely(error, "response")
+        status = as_status(getattr_safely(response, "status_code"))
+    return status
+
+
+def describe(error: BaseException, *, with_stack: bool) -> ErrorFields:
+    """
+    Return the error fields of *error*; a `__str__` that raises is told as such.
+
+    Args:
+        error: Any exception.
+
+        with_stack: Whether the traceback is rendered; values of variables never are.
+    """
+    kind = type(error)
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001  the error's own code may raise anything
+        message = f"<unprintable {kind.__name__}>"
+    fields = ErrorFields(
+        error_type=kind.__name__, error_message=message[: MAX_TEXT + MARGIN]
+    )
+    if with_stack:
+        fields["error_stack"] = _stack(error)
+    return fields
+
+
+def _stack(error: BaseException) -> str:
+    """Render the traceback; of a long one the end, where the error was raised."""
+    try:
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+    except Exception:  # noqa: BLE001  rendering calls the error's own code
+        lines = traceback.format_tb(error.__traceback__)
+    return "".join(lines)[-MAX_TEXT:]
+
+
+_told: dict[int, tuple[weakref.ref[BaseException], frozenset[str]]] = {}
+_MARK = "__pgtrack_sessions__"
+
+
+def is_first_time(error: BaseException, session_id: str) -> bool:
+    """
+    Return whether *error* is new to the session, and remember that it was told.
+
+    An exception passes through many blocks on its way up; it is one error.  Classes of
+    exceptions can be referred to weakly, except for the built-in ones; those
+    carry a mark in their `__dict__`, which they have no other use for.
+    """
+    key = id(error)
+    try:
+        reference = weakref.ref(error, lambda _: _told.pop(key, None))
+    except TypeError:
+        known = frozenset(error.__dict__.get(_MARK, ()))
+        error.__dict__[_MARK] = tuple(known | {session_id})
+    else:
+        known = _told.get(key, (None, frozenset[str]()))[1]
+        _told[key] = (reference, known | {session_id})
+    return session_id not in known

@@ -1,0 +1,161 @@
+"""
+The bounded queue between the callers' threads and the worker.
+
+Callers take no lock.  A place and the bytes are reserved by atomic counters before
+the record is appended, and given back if there is no room, so that the bounds hold
+exactly however many threads, signal handlers and finalisers emit at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+from pgtrack import _diagnostics
+from pgtrack._clock import Signal
+from pgtrack._ledger import Ledger, Tally
+from pgtrack._record import Record
+
+__all__ = ["NEVER", "BoundedQueue", "Marker"]
+
+NEVER = sys.maxsize
+"""A length at which nobody is woken."""
+
+
+class Marker:
+    """A place in the queue; reached when everything before it has come to an end."""
+
+    __slots__ = ("_signal", "is_reached")
+
+    def __init__(self) -> None:
+        self._signal = Signal()
+        self.is_reached = False
+
+    def reach(self) -> None:
+        """Wake whoever waits for the marker."""
+        self.is_reached = True
+        self._signal.give()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until the marker is reached, at most *timeout* seconds."""
+        self._signal.wait(timeout)
+        return self.is_reached
+
+
+Item: TypeAlias = "Record | Marker"
+
+
+class BoundedQueue:
+    """
+    Records on their way to the worker, in the order of emission.
+
+    Args:
+        max_events: The most events in memory: queued, and with the worker.
+
+        max_bytes: The most memory for them, by the estimate in each record.
+
+        drop_oldest: What to drop when full: the oldest in the queue, or the new one.
+
+        ledger: Counts `pending` and what is dropped.
+
+        wake: Called when the queue has grown to `wake_at`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_events: int,
+        max_bytes: int,
+        drop_oldest: bool,
+        ledger: Ledger,
+        wake: Callable[[], None],
+    ) -> None:
+        self._items: collections.deque[Item] = collections.deque()
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._drop_oldest = drop_oldest
+        self._ledger = ledger
+        self._wake = wake
+        self._bytes = Tally()
+        self.is_closed = False
+        self.wake_at = 1
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def put(self, record: Record) -> bool:
+        """Append *record* if there is room; what is dropped is counted."""
+        if self.is_closed:
+            self._ledger.drop("closed")
+            return False
+        size = record[-1]
+        if not self._reserve(size) and not self._make_room(size):
+            self._count_drop()
+            return False
+        self._append(record)
+        return True
+
+    def mark(self, marker: Marker) -> None:
+        """Append *marker*."""
+        self._append(marker)
+
+    def _append(self, item: Item) -> None:
+        items = self._items
+        items.append(item)
+        if len(items) >= self.wake_at:
+            self.wake_at = NEVER
+            self._wake()
+
+    def _reserve(self, size: int) -> bool:
+        if self._ledger.pending.add(1) <= self._max_events:
+            if self._bytes.add(size) <= self._max_bytes:
+                return True
+            self._bytes.add(-size)
+        self._ledger.pending.add(-1)
+        return False
+
+    def release(self, size: int) -> None:
+        """Give back the place and the bytes of one event that came to an end."""
+        self._bytes.add(-size)
+        self._ledger.pending.add(-1)
+
+    def _make_room(self, size: int) -> bool:
+        """Drop the oldest records until *size* fits, if that is the policy."""
+        if not self._drop_oldest or size > self._max_bytes:
+            return False
+        for _ in range(len(self._items)):
+            item = self.take()
+            if item is None:
+                break
+            if isinstance(item, Marker):
+                self._items.append(item)  # what it waits for is with the worker
+                continue
+            self.release(item[-1])
+            self._count_drop()
+            if self._reserve(size):
+                return True
+        return False
+
+    def _count_drop(self) -> None:
+        self._ledger.drop("queue_full")
+        _diagnostics.note(
+            "queue_full",
+            f"pgtrack's queue is full ({self._max_events:,} events or "
+            f"{self._max_bytes:,} bytes): events are dropped, and counted in "
+            "pgtrack.stats().dropped['queue_full'].",
+        )
+
+    def take(self) -> Item | None:
+        """Return the oldest item, or None."""
+        try:
+            return self._items.popleft()
+        except IndexError:
+            return None
+
+    def reset(self) -> None:
+        """Forget everything, as a forked child does: it is the parent's."""
+        self._items.clear()
+        self._bytes.reset()
+        self.wake_at = 1

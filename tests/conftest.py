@@ -1,0 +1,50 @@
+"""What every test starts from, and what none may leave behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pgtrack import _api, _context, _diagnostics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the machine configures pgtrack."""
+    for name in list(os.environ):
+        if name.startswith("PRODUCTGRAPH_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No default client, no correlation, no memory of log lines; our errors are raised."""
+    monkeypatch.setattr(_diagnostics, "reraise", True)
+    _diagnostics._notes.clear()
+    _diagnostics._quiet_until.clear()
+    _context.switch(None)
+    _api.swap_default(None)
+    yield
+    client = _api.swap_default(None)
+    for used in (*_api._retired, *([] if client is None else [client])):
+        used.close(0.0)
+    _api._retired.clear()
+    _context.switch(None)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_thread(_fresh_kit: None) -> Iterator[None]:
+    """Every thread that a test started has ended with it."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 5
+    for thread in set(threading.enumerate()) - before:
+        thread.join(max(deadline - time.monotonic(), 0))
+        assert not thread.is_alive(), f"{thread.name} was left running"

@@ -1,0 +1,58 @@
+"""
+Stand in for the other side of the wire, and run code side by side, forked or afresh.
+
+- `ProductGraph`: what a ProductGraph server answers, as a value, without a socket.
+- `Server`: the same over HTTP/1.1 on loopback, with a script of faults.
+- The faults: `status`, `hang`, `drop`, `cut`, `drip`, `garbage`, `endless`,
+  `redirect` and `poison`.
+- `start_together`, `in_fork` and `run_script`: threads, a forked child, a fresh
+  interpreter.
+- `load_vectors` and `body_of`: the examples in `tests/vectors`.
+
+It needs the standard library alone and nothing of pgtrack, so it cannot share its
+mistakes.
+"""
+
+from __future__ import annotations
+
+from .faults import (
+    cut,
+    drip,
+    drop,
+    endless,
+    garbage,
+    hang,
+    poison,
+    redirect,
+    status,
+)
+from .productgraph import VERSIONS, ProductGraph, Reply, Request
+from .runners import ChildError, in_fork, run_script, start_together
+from .server import Exchange, Server, Step, Wire
+from .vectors import body_of, load_vectors
+
+__all__ = [
+    "VERSIONS",
+    "ChildError",
+    "Exchange",
+    "ProductGraph",
+    "Reply",
+    "Request",
+    "Server",
+    "Step",
+    "Wire",
+    "body_of",
+    "cut",
+    "drip",
+    "drop",
+    "endless",
+    "garbage",
+    "hang",
+    "in_fork",
+    "load_vectors",
+    "poison",
+    "redirect",
+    "run_script",
+    "start_together",
+    "status",
+]
