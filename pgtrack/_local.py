@@ -11,10 +11,12 @@ programs read the file, whose lines are the events as they go over the wire.
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import re
@@ -139,8 +141,7 @@ def _parts(lines: list[bytes]) -> Iterator[bytes]:
             yield part
             part = b""
         part += line
-    if part:
-        yield part
+    yield part
 
 
 _ARROW, _MARK = "›", "…"  # noqa: RUF001  stands between a journey and its step
@@ -261,7 +262,7 @@ def _line(event: bytes, look: _Look) -> str:
         text = event[: 4 * _MAX_MESSAGE].decode("utf-8", "replace")
         pieces = [(_short(text, _MAX_MESSAGE, look), _RED)]
     if look.columns is not None:
-        pieces = _clip_pieces(pieces, look)
+        pieces = _clip_pieces(pieces, look.columns, look.mark)
     if look.has_colour:
         return "".join(_paint(piece) for piece in pieces) + "\n"
     return "".join(text for text, _ in pieces) + "\n"
@@ -579,20 +580,16 @@ def _clip(text: str, width: int) -> str:
     return text
 
 
-def _clip_pieces(pieces: list[_Piece], look: _Look) -> list[_Piece]:
+def _clip_pieces(pieces: list[_Piece], columns: int, mark: str) -> list[_Piece]:
     """Cut a line at the margin."""
-    room = look.columns or 0
-    if _width_of_pieces(pieces) <= room:
+    ends = list(itertools.accumulate(_width_of(text) for text, _ in pieces))
+    if ends[-1] <= columns:
         return pieces
-    room -= 1  # for the mark
-    kept: list[_Piece] = []
-    for text, style in pieces:
-        width = _width_of(text)
-        if width > room:
-            return [*kept, (_clip(text, room) + look.mark, style)]
-        kept.append((text, style))
-        room -= width
-    return kept
+    room = columns - 1  # the mark takes one
+    place = bisect.bisect_right(ends, room)  # of the piece that crosses the margin
+    text, style = pieces[place]
+    fitting = _clip(text, room - (ends[place] - _width_of(text)))
+    return [*pieces[:place], (fitting + mark, style)]
 
 
 def _padded(pieces: list[_Piece], width: int) -> list[_Piece]:
@@ -648,6 +645,10 @@ class FileTransport:
 
     def abort(self) -> None:
         """Do nothing: a write to a file does not wait for anybody."""
+
+    def disown(self) -> None:
+        """Give up the parent's descriptor in a forked child."""
+        self.close()
 
     def close(self) -> None:
         """Close the file; `send` opens it again."""

@@ -174,6 +174,20 @@ class Client:
         return self.receive()
 
 
+class Watched(list[Any]):
+    """
+    Be a list that tells each time its length is asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Semaphore(0)
+
+    def __len__(self) -> int:
+        self.asked.release()
+        return super().__len__()
+
+
 def converse(server: Server, sent: bytes) -> bytes:
     """
     Return everything the server sends until it closes the connection.
@@ -346,6 +360,18 @@ class TestProductGraph:
         assert reply is not None
         assert expected == (reply.status, reply.body)
 
+    @by_name([case for case in VALID if case["form"] == "full"])
+    def test_types_of_members(self, core: ProductGraph, case: dict[str, Any]) -> None:
+        """
+        A list costs the batch wherever a known member has it.
+        """
+        sent = case["event"]
+
+        assert {400} == {
+            status_of(core, batch({**sent, key: []}))
+            for key in sent.keys() - {"project_id"}
+        }
+
     def test_a_thousand_events(self, core: ProductGraph) -> None:
         """
         A thousand events are a batch; one of a wrong type among too many counts first.
@@ -354,6 +380,7 @@ class TestProductGraph:
 
         assert 202 == status_of(core, batch(*many))
         assert many == core.events
+        assert 400 == status_of(core, batch(*many, {}))
         reply = respond(core, batch(*many, event(metadata=[])))
         assert reply is not None
         assert REFUSED == reply.body
@@ -381,6 +408,7 @@ class TestProductGraph:
             ('"USER.ID": 7', 400),
             ('"user.id": 7, "user.id": "u"', 400),
             ('"\u017fession.id": 7', 400),
+            ('"se\u00dfion.id": 7', 202),
             ('"org.name": 7', 202),
             ('"user.anonymous_id": [1e3]', 202),
             ('"metadata": {"a": [1, null, {"b": 1.5}]}', 202),
@@ -605,7 +633,7 @@ class TestProductGraph:
         assert 202 == status_of(core, packed, **encoding)
         assert 202 == status_of(core, batch(EVENT))
         assert 400 == status_of(core, packed)
-        assert 400 == status_of(core, packed[:-9], **encoding)
+        assert 400 == status_of(core, packed[:-1], **encoding)
         assert 400 == status_of(core, batch(EVENT), **encoding)
         assert [EVENT, EVENT] == core.events
 
@@ -752,15 +780,40 @@ class TestServer:
 
         assert "1, 2" == server.requests[0].headers["x-a"]
 
-    def test_head(self, server: Server, client: Client) -> None:
+    def test_head(self, server: Server) -> None:
         """
-        An answer to HEAD has no body, so the connection stays in step.
+        An answer to HEAD has the headers of the one to GET, and no body.
         """
-        answer, headers, body = client.request("HEAD", "/health")
+        assert (
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 16\r\n\r\n"
+        ) == converse(server, b"HEAD /health HTTP/1.1\r\nConnection: close\r\n\r\n")
 
-        assert (200, "16", b"") == (answer, headers["Content-Length"], body)
-        assert (202, ACCEPTED) == client.post(EVENT)
-        assert 1 == server.connections
+    def test_unfinished_body(self, server: Server) -> None:
+        """
+        A request that breaks off in its body is neither kept nor answered.
+        """
+        sent = raw_request(batch(EVENT))[:-1]
+        with socket.create_connection(server.address, PATIENCE) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+
+            assert b"" == connection.recv(1)
+
+        assert [] == server.requests
+
+    def test_too_many_chunks(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """
+        A body in chunks is limited as a whole, not only chunk by chunk.
+        """
+        monkeypatch.setattr("harness.server._MAX_BODY", 10)
+        head = b"POST /v1/events HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+        answer = converse(server, head + b"6\r\n123456\r\n5\r\n")
+
+        assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
     @pytest.mark.parametrize(
         "sent",
@@ -798,20 +851,53 @@ class TestServer:
         assert server.wait_for_requests(2)
         assert not server.wait_for_requests(3, timeout=0)
 
-    def test_waiting_wakes(self, server: Server, client: Client) -> None:
+    def test_wait_for_wakes(self, server: Server, client: Client) -> None:
         """
-        Who waits is woken by the event, not by the timeout.
+        Who waits for events is woken when they are stored, not by the timeout.
         """
-        sent = [event(event_id=f"evt-{i}") for i in range(3)]
+        until = threading.Event()
+        server.script = [hang(until)]
+        server.core.events = events = Watched()
 
-        def wait_or_post(i: int) -> list[dict[str, Any]]:
+        def wait_or_post(i: int) -> None:
             if i == 0:
-                assert server.wait_for(3)
+                assert server.wait_for(1, timeout=2 * PATIENCE)
             else:
-                client.post(*sent)
-            return server.events
+                assert events.asked.acquire(timeout=PATIENCE)
+                client.send(EVENT)
+                # The request has come, which wakes in vain: nothing is stored yet.
+                assert events.asked.acquire(timeout=PATIENCE)
+                until.set()
 
-        assert [sent, sent] == start_together(2, wait_or_post)
+        start_together(2, wait_or_post, timeout=PATIENCE)
+
+    def test_wait_for_requests_wakes(self, server: Server, client: Client) -> None:
+        """
+        Who waits for requests is woken when they have come, before any answer.
+        """
+        until = threading.Event()
+        server.script = [hang(until)]
+        server.core.requests = requests = Watched()
+
+        def wait_or_post(i: int) -> None:
+            if i == 0:
+                assert server.wait_for_requests(1, timeout=2 * PATIENCE)
+                until.set()
+            else:
+                assert requests.asked.acquire(timeout=PATIENCE)
+                client.post(EVENT)
+
+        start_together(2, wait_or_post, timeout=PATIENCE)
+
+    def test_snapshots(self, server: Server, client: Client) -> None:
+        """
+        Events and requests are copies, which do not change while one looks at them.
+        """
+        events, requests = server.events, server.requests
+
+        client.post(EVENT)
+
+        assert ([], []) == (events, requests)
 
     def test_script(self, server: Server, client: Client) -> None:
         """
@@ -1228,28 +1314,35 @@ class TestStartTogether:
 
     def test_runs_at_once(self) -> None:
         """
-        All threads run at the same time.
+        No thread begins before all have started, and all run at the same time.
         """
-        barrier = threading.Barrier(5)
+        barrier = threading.Barrier(20)
 
-        assert {0, 1, 2, 3, 4} == set(
-            start_together(5, lambda _: barrier.wait(PATIENCE))
-        )
+        def count(_: int) -> int:
+            threads = [thread.name for thread in threading.enumerate()]
+            barrier.wait(PATIENCE)
+            return sum(name.startswith("together-") for name in threads)
+
+        assert [20] * 20 == start_together(20, count)
 
     def test_first_error(self) -> None:
         """
-        The first error is raised as it is, after all threads have ended.
+        The first error in time is raised as it is, after all threads have ended.
         """
-        first, ended = threading.Event(), []
+        threads: dict[int, threading.Thread] = {}
+        all_known = threading.Barrier(4)
+        ended = []
 
         def fail(i: int) -> None:
-            if i == 2:
-                first.set()
-                raise KeyError(i)
-            assert first.wait(PATIENCE)
-            ended.append(i)
+            threads[i] = threading.current_thread()
+            all_known.wait(PATIENCE)
+            if i != 2:
+                threads[2].join(PATIENCE)
+                ended.append(i)
+            message = f"from {i}"
+            raise LookupError(message)
 
-        with pytest.raises(KeyError, match="2"):
+        with pytest.raises(LookupError, match="from 2"):
             start_together(4, fail)
 
         assert [0, 1, 3] == sorted(ended)
@@ -1374,7 +1467,7 @@ class TestInFork:
         monkeypatch.setattr(os, "fork", recording_fork)
 
         with pytest.raises(TimeoutError, match=r"within 0\.05 s"):
-            in_fork(lambda: threading.Event().wait(PATIENCE), timeout=0.05)
+            in_fork(lambda: threading.Event().wait(10 * PATIENCE), timeout=0.05)
 
         with pytest.raises(ChildProcessError):
             os.waitpid(pids[0], os.WNOHANG)
