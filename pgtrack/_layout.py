@@ -1,153 +1,31 @@
 """
-Transports to this machine: lines for a person to read, and lines in a file.
+The layout of one event as a line for a person to read.
 
-`ConsoleTransport` serves the endpoints `console:`, `console:stdout` and
-`console:stderr`, `FileTransport` serves `file:PATH`.  Neither waits for a batch:
-`is_immediate` tells the worker to deliver as soon as there is something.
-
-What people read is laid out for them, so it is no format to parse and may change;
-programs read the file, whose lines are the events as they go over the wire.
+Time, session, type, what happened, user, the rest; aligned, cut to the margin of a
+terminal, and with everything in it made harmless: a hostile event can neither move the
+cursor nor forge a line.
 """
 
 from __future__ import annotations
 
 import bisect
-import codecs
-import contextlib
-import errno
-import io
 import itertools
 import json
-import os
 import re
-import select
-import shutil
-import stat
-import sys
 import unicodedata
 import zlib
 from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
-
-from pgtrack.typing import Answer, Verdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
-__all__ = ["ConsoleTransport", "FileTransport"]
+__all__ = ["ARROW", "MARK", "Look", "line_of"]
 
-
-# --- to a stream -----------------------------------------------------------------
-
-
-class ConsoleTransport:
-    """
-    Prints one line for each event: time, session, type, what happened, user, the rest.
-
-    Text from events is shown so that it can do no harm: control characters, line
-    breaks, terminal escapes and marks that change the direction of text appear as
-    backslash escapes, and long values are cut.  Stack traces, the event's id and the
-    ids of project and product are left out.
-
-    On a terminal there are colours, each session has its own, and lines end at the
-    right margin.  `NO_COLOR` and `TERM=dumb` turn colours off, `FORCE_COLOR` turns them
-    on, also in a pipe.  Anywhere else lines are plain and have any length.
-
-    The stream is looked up in `sys` for each batch, so it may be replaced at any time.
-    A terminal that is halted, or a pipe that nobody reads, keeps `send` waiting.
-
-    Args:
-        stream: Which of the two streams of `sys`.
-    """
-
-    is_immediate = True
-
-    def __init__(self, stream: Literal["stdout", "stderr"] = "stdout") -> None:
-        self._name = stream
-        self._writer = _LineWriter()
-
-    def send(self, events: Sequence[bytes], timeout: float) -> Answer:  # noqa: ARG002  a stream takes as long as it takes
-        """
-        Print *events*.
-
-        A stream that is missing, closed or has lost its reader is `Verdict.LOST`, any
-        other failure is `Verdict.RETRY`, after which a line may be seen twice.
-        """
-        stream: TextIO | None = getattr(sys, self._name)
-        if stream is None or getattr(stream, "closed", False):
-            state = "None" if stream is None else "closed"
-            return Answer(verdict=Verdict.LOST, reason=f"sys.{self._name} is {state}")
-        look = _look_of(stream)
-        lines = [_line(event, look) for event in events]
-        try:
-            sent_bytes = self._print(stream, lines, look.encoding)
-        except OSError as error:
-            verdict = Verdict.LOST if error.errno in _GONE else Verdict.RETRY
-            return Answer(verdict=verdict, reason=_reason(error))
-        except ValueError:  # closed meanwhile
-            return Answer(verdict=Verdict.LOST, reason=f"sys.{self._name} is closed")
-        return Answer(verdict=Verdict.TAKEN, sent_bytes=sent_bytes)
-
-    def abort(self) -> None:
-        """Do nothing: a write to a stream cannot be cut short."""
-
-    def close(self) -> None:
-        """Do nothing: the stream is the host's."""
-
-    def _print(self, stream: TextIO, lines: list[str], encoding: str) -> int:
-        """Write and flush *lines*; return how many bytes that were."""
-        encoded = [line.encode(encoding) for line in lines]
-        if _is_plain(stream, encoding):
-            stream.flush()  # what the host printed comes first
-            for part in _parts(encoded):
-                self._writer.write(stream.fileno(), part)
-        else:
-            stream.write("".join(lines))
-            stream.flush()
-        return sum(map(len, encoded))
+ARROW, MARK = "›", "…"  # noqa: RUF001  stands between a journey and its step
 
 
-_GONE = frozenset({errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO})
-"""Errors of a stream that has lost its reader or its terminal (EIO) for good."""
-
-_ATOMIC = getattr(select, "PIPE_BUF", 512)
-"""
-Most bytes that a pipe takes in one piece (POSIX, pipe capacity in `write`).
-
-Longer writes may be mixed with those of other processes.
-"""
-
-
-def _is_plain(stream: TextIO, encoding: str) -> bool:
-    """
-    Return whether text may bypass the stream's buffers, on the way to its file.
-
-    Bytes that a buffer could not write stay in it, and then Python itself fails at
-    exit, with a status of its own; the host that never prints must not see that.
-    Streams that capture, colour or copy what is printed are never bypassed.
-    """
-    if os.name != "posix" or type(stream) is not io.TextIOWrapper:
-        return False
-    raw = getattr(stream.buffer, "raw", stream.buffer)
-    return isinstance(raw, io.FileIO) and "\n".encode(encoding) == b"\n"
-
-
-def _parts(lines: list[bytes]) -> Iterator[bytes]:
-    """Join *lines* to as few writes as a pipe takes without tearing them."""
-    part = b""
-    for line in lines:
-        if part and len(part) + len(line) > _ATOMIC:
-            yield part
-            part = b""
-        part += line
-    yield part
-
-
-_ARROW, _MARK = "›", "…"  # noqa: RUF001  stands between a journey and its step
-
-
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """What a stream can show."""
 
     encoding: str
@@ -156,63 +34,6 @@ class _Look(NamedTuple):
     arrow: str
     mark: str  # stands for what was cut off; one column wide
 
-
-def _look_of(stream: TextIO) -> _Look:
-    encoding = _encoding_of(stream)
-    is_terminal = _is_terminal(stream)
-    try:
-        (_ARROW + _MARK).encode(encoding)
-        arrow, mark = _ARROW, _MARK
-    except UnicodeEncodeError:
-        arrow, mark = ">", "~"
-    columns = _columns_of(stream) if is_terminal else None
-    return _Look(encoding, _has_colour(is_terminal), columns, arrow, mark)
-
-
-def _encoding_of(stream: TextIO) -> str:
-    """Return the encoding; UTF-8 for a stream that keeps text, such as StringIO."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        return "ascii"
-    return str(encoding)
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty()
-    except (AttributeError, OSError, ValueError):  # the write will tell
-        return False
-
-
-def _has_colour(is_terminal: bool) -> bool:  # noqa: FBT001  the one thing it is about
-    """
-    Return whether to colour: by https://no-color.org, https://force-color.org, `TERM`.
-
-    The console of Windows shows escape codes only where one of its newer hosts says so.
-    """
-    if os.environ.get("NO_COLOR"):
-        return False
-    if os.environ.get("FORCE_COLOR"):
-        return True
-    is_able = os.name != "nt" or any(map(os.environ.get, _WINDOWS_HOSTS))
-    return is_terminal and is_able and os.environ.get("TERM") != "dumb"
-
-
-_WINDOWS_HOSTS = ("WT_SESSION", "ANSICON", "ConEmuANSI", "TERM")
-
-
-def _columns_of(stream: TextIO) -> int:
-    """Return the width of the terminal; a default where it does not know."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        columns = os.get_terminal_size(stream.fileno()).columns
-        if columns:
-            return columns
-    return shutil.get_terminal_size((120, 24)).columns
-
-
-# --- an event as a line ----------------------------------------------------------
 
 _Piece = tuple[str, str]
 """Text that is safe to show, and its style: the parameters of an SGR escape code."""
@@ -250,7 +71,7 @@ _LAST = ("request_id", "trace_id", "span_id", "service", "environment", "release
 """Metadata that follows the rest, since the margin may hide it."""
 
 
-def _line(event: bytes, look: _Look) -> str:
+def line_of(event: bytes, look: Look) -> str:
     """Return the line for one event; what is no JSON object is shown as it is."""
     try:
         wire = json.loads(event)
@@ -268,7 +89,7 @@ def _line(event: bytes, look: _Look) -> str:
     return "".join(text for text, _ in pieces) + "\n"
 
 
-def _pieces(fields: _Fields, look: _Look) -> list[_Piece]:
+def _pieces(fields: _Fields, look: Look) -> list[_Piece]:
     kind = fields.word("event.type", _MAX_TYPE)
     session_id = fields.raw("session.id")
     for key in _HIDDEN:
@@ -408,7 +229,7 @@ def _rest(fields: _Fields) -> list[str]:
 class _Fields:
     """The fields of an event, each to be taken once; `left` are the others."""
 
-    def __init__(self, wire: dict[str, Any], look: _Look) -> None:
+    def __init__(self, wire: dict[str, Any], look: Look) -> None:
         self.left = wire
         self.look = look
 
@@ -433,7 +254,7 @@ def _as_text(value: object) -> str:
     return value if isinstance(value, str) else _compact(value)
 
 
-def _value(value: object, look: _Look) -> str:
+def _value(value: object, look: Look) -> str:
     """Return a value of the metadata: bare or quoted text, else short JSON."""
     if isinstance(value, str):
         return _word(value, _MAX_VALUE, look)
@@ -444,7 +265,7 @@ def _compact(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _word(text: str, width: int, look: _Look) -> str:
+def _word(text: str, width: int, look: Look) -> str:
     """Return short text, in quotes unless it is plain that it is one word."""
     short = _short(text, width, look)
     if short and _QUOTED.search(short) is None:
@@ -481,7 +302,7 @@ def _duration(milliseconds: object) -> str:
 _MAX_DURATION = 1e15
 
 
-def _tag(session_id: object, look: _Look) -> str:
+def _tag(session_id: object, look: Look) -> str:
     """Return what tells a session from others at a glance; a dash for none."""
     text = _tail(_as_text(session_id)) if session_id else "-"
     return _short(text, _TAG_WIDTH, look)
@@ -517,7 +338,7 @@ def _paint(piece: _Piece) -> str:
 # --- text as it is seen ----------------------------------------------------------
 
 
-def _short(text: str, width: int, look: _Look) -> str:
+def _short(text: str, width: int, look: Look) -> str:
     """Return *text* fit to be shown, in at most *width* columns."""
     shown = _clean(text[: width + 1], look.encoding)
     if len(text) <= width and _width_of(shown) <= width:
@@ -595,148 +416,3 @@ def _clip_pieces(pieces: list[_Piece], columns: int, mark: str) -> list[_Piece]:
 def _padded(pieces: list[_Piece], width: int) -> list[_Piece]:
     missing = width - _width_of_pieces(pieces)
     return [*pieces, (" " * missing, _PLAIN)]
-
-
-# --- to a file -------------------------------------------------------------------
-
-
-class FileTransport:
-    r"""
-    Appends events to a file as JSON lines (UTF-8, one event to a line, `\n`).
-
-    Any number of processes may append to the same file: a batch is one write at its
-    end, which the kernel keeps apart from others.  The file is made when first needed,
-    readable by its owner alone, and made anew once it was moved or deleted, as
-    logrotate does.  Its folder must exist.
-
-    Delivery is at least once.  When a disk fills up in the middle of a batch, the
-    whole batch is written again later: events may occur twice, with the same
-    `event_id`, and a line that was torn stays behind as a line that is no JSON.
-
-    Args:
-        path: The file; a relative path is resolved now, since the host may change its
-            folder.
-    """
-
-    is_immediate = True
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path).absolute()
-        self._fd: int | None = None
-        # Which file was opened: the host may close descriptors that are not its own (a
-        # daemon does), and the number then means another file.
-        self._opened: os.stat_result | None = None
-        self._is_end_known = False
-        self._writer = _LineWriter()
-
-    def send(self, events: Sequence[bytes], timeout: float) -> Answer:  # noqa: ARG002  a disk takes as long as it takes
-        """Append *events*; any failure is `Verdict.RETRY`."""
-        data = b"".join(event + b"\n" for event in events)
-        try:
-            fd = self._current()
-            if not self._is_end_known:
-                self._writer.is_mid_line = self._is_torn(os.fstat(fd))
-            self._is_end_known = False
-            self._writer.write(fd, data)
-        except OSError as error:
-            return Answer(verdict=Verdict.RETRY, reason=_reason(error))
-        self._is_end_known = True
-        return Answer(verdict=Verdict.TAKEN, sent_bytes=len(data))
-
-    def abort(self) -> None:
-        """Do nothing: a write to a file does not wait for anybody."""
-
-    def disown(self) -> None:
-        """Give up the parent's descriptor in a forked child."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; `send` opens it again."""
-        if self._fd is not None and self._is_at(self._fd):
-            with contextlib.suppress(OSError):
-                os.close(self._fd)
-        self._fd = None
-
-    def _current(self) -> int:
-        """Return a descriptor of the file that the path names now."""
-        if self._fd is not None and self._is_at(self._fd) and self._is_at(self._path):
-            return self._fd
-        self.close()
-        self._is_end_known = False
-        self._fd = os.open(self._path, _APPEND, 0o600)
-        self._opened = os.fstat(self._fd)
-        return self._fd
-
-    def _is_at(self, place: int | Path) -> bool:
-        """Return whether *place* still refers to the file that was opened."""
-        try:
-            found = os.fstat(place) if isinstance(place, int) else place.stat()
-        except OSError:
-            return False
-        return self._opened is not None and os.path.samestat(self._opened, found)
-
-    def _is_torn(self, status: os.stat_result) -> bool:
-        """
-        Return whether the file ends within a line.
-
-        Whoever left it so may be another process, and long dead.  Where the file cannot
-        be read, what this one remembers must do.
-        """
-        if not stat.S_ISREG(status.st_mode):
-            return self._writer.is_mid_line
-        if not status.st_size:
-            return False
-        try:
-            with self._path.open("rb") as file:
-                file.seek(-1, os.SEEK_END)
-                return file.read(1) != b"\n"
-        except OSError:
-            return self._writer.is_mid_line
-
-
-_APPEND = (
-    os.O_APPEND
-    | os.O_CREAT
-    | os.O_WRONLY
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody reads must not wait
-    | getattr(os, "O_BINARY", 0)  # Windows: no \r
-)
-
-
-# --- shared ----------------------------------------------------------------------
-
-
-class _LineWriter:
-    """
-    Writes whole lines to a descriptor, and recovers from an attempt that failed midway.
-
-    Attributes:
-        is_mid_line: Whether what was last written ended within a line; the next write
-            then ends that line first.
-    """
-
-    def __init__(self) -> None:
-        self.is_mid_line = False
-
-    def write(self, fd: int, lines: bytes) -> None:
-        """
-        Write all of *lines*, in one piece unless the kernel takes less.
-
-        Raises:
-            OSError: If it could not; some of it may have been written.
-        """
-        view = memoryview(b"\n" + lines if self.is_mid_line else lines)
-        while view:
-            count = os.write(fd, view)
-            self.is_mid_line = view[count - 1] != _NEWLINE
-            view = view[count:]
-
-
-_NEWLINE = ord("\n")
-
-
-def _reason(error: OSError) -> str:
-    """Return the kind of an error, without the path that its text has."""
-    name = errno.errorcode.get(error.errno or 0, "")
-    return f"{type(error).__name__} {name}".rstrip()
