@@ -1,0 +1,172 @@
+"""
+A checkout service: Starlette under uvicorn, and four visitors with real requests.
+
+Run it with `python examples/checkout_service.py` after `pip install starlette uvicorn`.
+Events are printed unless `PRODUCTGRAPH_ENDPOINT` says where to send them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+import pgtrack
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Correlation:
+    """Serve each request in the session that its headers name, or in a fresh one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what is no HTTP request, and echo the id of what is one."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def echo(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                request_id = str(pgtrack.current().request_id).encode()
+                message["headers"].append((b"x-request-id", request_id))
+            await send(message)
+
+        async with pgtrack.continued_from(scope["headers"]):
+            await self.app(scope, receive, echo)
+
+
+# --- the service -----------------------------------------------------------------
+
+
+class CardDeclinedError(HTTPException):
+    """The bank says no.  Starlette answers with the status, and pgtrack tells it."""
+
+
+class ProviderDownError(Exception):
+    """The bank says nothing.  pgtrack reads the status off whatever has one."""
+
+    status_code = 503
+
+
+@pgtrack.journey_step("stock_reserved", "Stock Reserved")
+async def reserve(items: list[str]) -> None:
+    """Put the items aside."""
+    await asyncio.sleep(0.005 * len(items))
+
+
+@pgtrack.journey_step("payment_confirmed", "Payment Confirmed")
+async def charge(card: str) -> None:
+    """Take the money."""
+    await asyncio.sleep(0.02)
+    if card == DECLINED:
+        raise CardDeclinedError(402, f"card {card} was declined")
+    if card == UNLUCKY:
+        msg = "no answer from https://shop:s3cr3t@pay.example.com/charge?key=k-77"
+        raise ProviderDownError(msg)
+
+
+@pgtrack.track_api("/api/checkout", method="POST")
+async def checkout(request: Request) -> JSONResponse:
+    """Sell what is in the cart."""
+    order = await request.json()
+    pgtrack.identify(order["user"])
+    with pgtrack.journey("checkout_flow") as flow:
+        await reserve(order["items"])
+        await charge(order["card"])
+        flow.convert()
+    return JSONResponse({"status": "confirmed"}, status_code=201)
+
+
+async def tell_unavailable(_: Request, __: Exception) -> JSONResponse:
+    """Answer for a provider that does not."""
+    return JSONResponse({"status": "try again later"}, status_code=503)
+
+
+app = Starlette(
+    routes=[Route("/api/checkout", checkout, methods=["POST"])],
+    middleware=[Middleware(Correlation)],
+    exception_handlers={ProviderDownError: tell_unavailable},
+)
+
+
+# --- the visitors ----------------------------------------------------------------
+
+GOOD = "4242 4242 4242 4242"
+DECLINED = "4000 0000 0000 0002"
+UNLUCKY = "4000 0000 0000 0119"
+VISITS = [
+    (
+        "Ann buys two things.",
+        {"X-Session-ID": "sess_frontend_ann", "X-Request-ID": "req-1"},
+        [{"user": "u_ann", "items": ["book", "lamp"], "card": GOOD}],
+    ),
+    (
+        "Ben's card is declined; he takes another.",
+        {"X-Session-ID": "sess_frontend_ben", "X-Request-ID": "req-2"},
+        [
+            {"user": "u_ben", "items": ["book"], "card": DECLINED},
+            {"user": "u_ben", "items": ["book"], "card": GOOD},
+        ],
+    ),
+    (
+        "Cho meets a payment provider that is down.",
+        {"X-Session-ID": "sess_frontend_cho", "X-Request-ID": "req-3"},
+        [{"user": "u_cho", "items": ["lamp"], "card": UNLUCKY}],
+    ),
+    (
+        "A program calls without any headers, and gets a session of its own.",
+        {},
+        [{"user": "u_bot", "items": ["book"], "card": GOOD}],
+    ),
+]
+
+
+def visit(url: str) -> None:
+    """Send each visitor's requests, and show what the service made of them."""
+    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
+        for headline, headers, orders in VISITS:
+            print(f"\n{headline}  ({headers.get('X-Session-ID', 'no session')})")
+            for order in orders:
+                answer = client.post("/api/checkout", json=order, headers=headers)
+                pgtrack.flush()
+                request_id = answer.headers["X-Request-ID"]
+                print(f"   answered {answer.status_code} to request {request_id}")
+
+
+def main() -> None:
+    """Serve on a free port of this machine until all visitors have left."""
+    pgtrack.configure(
+        project_id=os.environ.get("PRODUCTGRAPH_PROJECT_ID", "proj_demo"),
+        endpoint=os.environ.get("PRODUCTGRAPH_ENDPOINT", "console:"),
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        visit(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    finally:
+        server.should_exit = True
+        thread.join()
+    pgtrack.shutdown()
+    stats = pgtrack.stats()
+    print(f"\n{stats.emitted} events emitted, {stats.delivered} delivered.")
+
+
+if __name__ == "__main__":
+    main()
