@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import base64
 import re
+import string
 import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -150,19 +151,13 @@ def _words(key: str) -> list[str]:
     return [word for word in _NOT_WORD.split(_CAMEL.sub(" ", key).casefold()) if word]
 
 
-def _endings(words: list[str], longest: int) -> list[str]:
+def _glue(keys: Iterable[str]) -> frozenset[str]:
     """
-    Return the last words glued together, the most of them first.
+    Return the words of each key glued together, and the plural.
 
     Glued, since that makes "api key", "apiKey" and "apikey" one.
     """
-    first = max(0, len(words) - longest)
-    return ["".join(words[start:]) for start in range(first, len(words))]
-
-
-def _glue(sequences: Iterable[list[str]]) -> frozenset[str]:
-    """Return each sequence of words glued together, and its plural."""
-    singular = ["".join(words) for words in sequences]
+    singular = ["".join(_words(key)) for key in keys]
     return frozenset(singular).union(
         word + ("es" if word.endswith("s") else "s") for word in singular
     )
@@ -179,18 +174,20 @@ class KeyRule:
     Args:
         extra: Further keys, in the notation of the defaults or any other (`nationalId`,
             `patient_*`).  They too match as whole words: `tenant` hides what is under
-            `tenant` and `acme.tenant`, not `tenant_name` nor `subtenant`.  They win
-            over the exceptions that keep `max_tokens` or `is_admin` readable.
+            `tenant` and `acme.tenant`, not `tenant_name` nor `subtenant`; `tenant*`
+            all but the last.  They win over the exceptions that keep `max_tokens` or
+            `is_admin` readable.
 
     Raises:
         ValueError: A key in *extra* has no letter.
     """
 
     extra: tuple[str, ...]
-    _own: frozenset[str] = field(repr=False, compare=False)
+    tails: frozenset[str] = field(repr=False, compare=False)
     _ends: frozenset[str] = field(repr=False, compare=False)
     _anywhere: frozenset[str] = field(repr=False, compare=False)
-    tails: frozenset[str] = field(repr=False, compare=False)
+    _own_ends: frozenset[str] = field(repr=False, compare=False)
+    _own_anywhere: frozenset[str] = field(repr=False, compare=False)
     _longest: int = field(repr=False, compare=False)
     _known: dict[str, bool] = field(repr=False, compare=False)
 
@@ -206,20 +203,14 @@ class KeyRule:
                     f" of {len(key)} characters without). Leave it out."
                 )
         every = {key: _words(key) for key in DEFAULT_KEYS} | own
+        tails = {words[-1] for words in every.values() if len(words) > 1}
         put = object.__setattr__  # the class is frozen
         put(self, "extra", tuple(own))
-        put(self, "_own", _glue(own.values()))
-        put(self, "_ends", _glue(every.values()))
-        put(
-            self,
-            "_anywhere",
-            _glue(words for key, words in every.items() if key.endswith("*")),
-        )
-        put(
-            self,
-            "tails",
-            _DRESSES.union(words[-1] for words in every.values() if len(words) > 1),
-        )
+        put(self, "tails", _DRESSES | tails)
+        put(self, "_ends", _glue(every))
+        put(self, "_anywhere", _glue(key for key in every if key.endswith("*")))
+        put(self, "_own_ends", _glue(own))
+        put(self, "_own_anywhere", _glue(key for key in own if key.endswith("*")))
         put(self, "_longest", max(map(len, every.values())))
         put(self, "_known", {})
 
@@ -234,35 +225,40 @@ class KeyRule:
                 self._known[key] = verdict
         return verdict
 
-    def is_sensitive_phrase(self, phrase: str) -> bool:
-        """
-        Tell the same of words in prose, the last of which is no key by itself.
-
-        For "api key" before a colon, where only "key" is written together.
-        """
-        tail = phrase[phrase.rfind(" ") + 1 :].casefold()
-        return tail in self.tails and self._judge(phrase)
-
     def _judge(self, key: str) -> bool:
         words = _words(key)
-        if not self._own.isdisjoint(_endings(words, self._longest)):
+        if self.extra and (
+            not self._own_ends.isdisjoint(self._endings(words))
+            or self._occurs(self._own_anywhere, words)
+        ):
             return True
         if not words or words[0] in _SWITCHES:
             return False
-        while len(words) > 1 and words[-1] in _DRESSES:
+        while True:
+            for ending in self._endings(words):
+                if ending in _HARMLESS:
+                    return False
+                if ending in self._ends:
+                    return True
+            if len(words) == 1 or words[-1] not in _DRESSES:
+                break
             words.pop()
-        for ending in _endings(words, self._longest):
-            if ending in _HARMLESS:
-                return False
-            if ending in self._ends:
-                return True
-        return words[-1] not in _ABOUT and any(
-            word.endswith(_GLUED)
-            or any(
-                "".join(words[start : start + count]) in self._anywhere
-                for count in range(1, self._longest + 1)
-            )
-            for start, word in enumerate(words)
+        return words[-1] not in _ABOUT and (
+            any(word.endswith(_GLUED) for word in words)
+            or self._occurs(self._anywhere, words)
+        )
+
+    def _endings(self, words: list[str]) -> list[str]:
+        """Return the last words glued together, the most of them first."""
+        first = max(0, len(words) - self._longest)
+        return ["".join(words[start:]) for start in range(first, len(words))]
+
+    def _occurs(self, sequences: frozenset[str], words: list[str]) -> bool:
+        """Tell whether one of *sequences* stands anywhere in *words*."""
+        return any(
+            "".join(words[start : start + count]) in sequences
+            for start in range(len(words))
+            for count in range(1, self._longest + 1)
         )
 
 
@@ -271,6 +267,21 @@ DEFAULT_RULE: Final = KeyRule()
 
 
 # By pattern: payment cards
+
+
+def _hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    """
+    Return *text* with `REDACTED` in place of each span.
+
+    Spans come in the order of their starts; those that overlap count as one.
+    """
+    parts: list[str] = []
+    done = 0
+    for start, end in spans:
+        if start >= done:
+            parts += text[done:start], REDACTED
+        done = max(done, end)
+    return "".join((*parts, text[done:])) if parts else text
 
 
 class _Issuer(NamedTuple):
@@ -321,7 +332,7 @@ _DIGITS = re.compile(
 _GROUP = re.compile(r"[0-9]+")
 # What makes the digits beside it part of something else: a word, a hexadecimal number,
 # a decimal one.  An escaped line break in a `repr` does not.
-_SPOILT_BEFORE = re.compile(r"(?<!\\)[A-Za-z]\Z|\\[^nrt]\Z|[0-9]\.\Z")
+_SPOILT_BEFORE = re.compile(r"(?<!\\)[A-Za-z]\Z|\\(?![nrt])[A-Za-z]\Z|[0-9]\.\Z")
 _SPOILT_AFTER = re.compile(r"[A-Za-z]|\.[0-9]")
 
 _DOUBLED = str.maketrans("0123456789", "0246813579")  # doubled, its digits added up
@@ -364,24 +375,19 @@ def _hide_cards_in_groups(match: re.Match[str]) -> str:
         del groups[0]
     if groups and _SPOILT_AFTER.match(text, match.end()):
         groups.pop()
-    kept: list[str] = []
-    done = first = 0
-    while first < len(groups):
-        start = groups[first][0]
+    ends = [end for _, end in groups]
+    cards: list[tuple[int, int]] = []
+    for first, (start, _) in enumerate(groups):
+        last = min(first + _MOST_GROUPS, len(ends)) - 1
         # The longest that fits, so that no digits of a long number stay behind.
-        for last in range(min(first + _MOST_GROUPS, len(groups)) - 1, first - 1, -1):
-            end = groups[last][1]
-            if end - start < _FEWEST_DIGITS:
-                break
-            if end - start < _MOST_DIGITS + _MOST_GROUPS and _is_card(
-                run[start:end].replace(" ", "").replace("-", "")
+        while last >= first and (length := ends[last] - start) >= _FEWEST_DIGITS:
+            if length < _MOST_DIGITS + _MOST_GROUPS and _is_card(
+                run[start : ends[last]].replace(" ", "").replace("-", "")
             ):
-                kept += run[done:start], REDACTED
-                done = end
-                first = last
+                cards.append((start, ends[last]))
                 break
-        first += 1
-    return "".join((*kept, run[done:]))
+            last -= 1
+    return _hide(run, cards)
 
 
 # By pattern: what can be told by its shape
@@ -444,6 +450,12 @@ _EMAIL = re.compile(
 )
 
 
+# Where a token may begin.  The n of an escaped line break in a `repr` is no part of it.
+# From the second a text as long as a token can be read only once.
+_EDGE: Final = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))"
+_WIDE_EDGE: Final = r"(?:(?<![A-Za-z0-9_-])|(?<=\\[nrt]))"
+
+
 class _Rule(NamedTuple):
     mark: str  # no match without this character; the cheapest look comes first
     needles: tuple[str, ...]  # nor without one of these
@@ -460,13 +472,13 @@ _PLACES: Final = (
         re.compile(r"(input_value=)(?:(?!, input_type=|input_value=)[^\n])+"),
         rf"\1{REDACTED}",
     ),
-    # The same in the repr of `ValidationError.errors()`, which FastAPI logs.
+    # The same in `ValidationError.errors()`, which FastAPI logs and answers.
     _Rule(
-        "'",
-        (", 'input': ",),
+        "{",
+        ("'input'", '"input"'),
         re.compile(
-            r"""('msg': (?:'[^'\n]*'|"[^"\n]*"), 'input': )"""
-            r"""(?:(?!, '(?:ctx|url)': |\}[,\])]|'msg': )[^\n])+"""
+            r"""(["']msg["']: ?(?:'[^'\n]*'|"(?:[^"\\\n]|\\.)*"), ?["']input["']: ?)"""
+            r"""(?:(?!, ?["'](?:ctx|url)["']:|\}[,\])]|["']msg["']: )[^\n])+"""
         ),
         rf"\1{REDACTED}",
     ),
@@ -483,6 +495,15 @@ _PLACES: Final = (
         ("Failing row contains (",),
         re.compile(r"(Failing row contains \()[^\n]+"),
         rf"\1{REDACTED})",
+    ),
+    # A password in a statement, as the account is made or changed.
+    _Rule(
+        "'",
+        ("ASSWORD '", "assword '", "ED BY '", "ed by '"),
+        re.compile(
+            r"(\b(?:password|identified by) ')(?:[^'\\\n]|\\.|'')+", re.IGNORECASE
+        ),
+        rf"\1{REDACTED}",
     ),
     # The value that exists already: SQL Server, MongoDB, MySQL.  The name of an index
     # does not say what is in it, so the value goes whatever the index.
@@ -549,7 +570,7 @@ _SHAPES: Final = (
         ".",
         ("eyJ",),
         re.compile(
-            r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{9,}\.[A-Za-z0-9_-]{7,}"
+            rf"{_WIDE_EDGE}eyJ[A-Za-z0-9_-]{{9,}}\.[A-Za-z0-9_-]{{7,}}"
             r"(?:\.[A-Za-z0-9_-]*)*"
         ),
         REDACTED,
@@ -559,7 +580,7 @@ _SHAPES: Final = (
         "A",
         ("AKIA", "ASIA", "AIza"),
         re.compile(
-            r"(?<![A-Za-z0-9])(?:A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9])"
+            rf"{_EDGE}(?:A[KS]IA[A-Z0-9]{{16}}(?![A-Za-z0-9])"
             r"|AIza[A-Za-z0-9_-]{35})"
         ),
         REDACTED,
@@ -567,8 +588,8 @@ _SHAPES: Final = (
     # GitHub, both generations of tokens; npm, which took over the shape.
     _Rule(
         "_",
-        ("gh", "npm_"),
-        re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]|github_pat|npm)_[A-Za-z0-9_]{20,}"),
+        ("gh", "github_pat_", "npm_"),
+        re.compile(rf"{_EDGE}(?:gh[pousr]|github_pat|npm)_[A-Za-z0-9_]{{20,}}"),
         REDACTED,
     ),
     # Stripe: secret and restricted keys, and what signs its webhooks.  The publishable
@@ -576,14 +597,14 @@ _SHAPES: Final = (
     _Rule(
         "_",
         ("k_live_", "k_test_", "whsec_"),
-        re.compile(r"(?<![A-Za-z0-9])(?:[rs]k_(?:live|test)|whsec)_[A-Za-z0-9]{14,}"),
+        re.compile(rf"{_EDGE}(?:[rs]k_(?:live|test)|whsec)_[A-Za-z0-9]{{14,}}"),
         REDACTED,
     ),
     # Slack: tokens of users, bots and applications, and webhooks, whose path is secret.
     _Rule(
         "-",
         ("xox", "xapp-"),
-        re.compile(r"(?<![A-Za-z0-9])(?:xox[a-z]|xapp)-[A-Za-z0-9-]{15,}"),
+        re.compile(rf"{_EDGE}(?:xox[a-z]|xapp)-[A-Za-z0-9-]{{15,}}"),
         REDACTED,
     ),
     _Rule(
@@ -598,7 +619,7 @@ _SHAPES: Final = (
         "-",
         ("sk-", "glpat-", "pypi-"),
         re.compile(
-            r"(?<![A-Za-z0-9_-])(?:sk|glpat|pypi)-"
+            rf"{_WIDE_EDGE}(?:sk|glpat|pypi)-"
             r"(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}"
         ),
         REDACTED,
@@ -610,7 +631,7 @@ _SHORTEST_SHAPE: Final = 20
 # Credentials after the name of their scheme, unless the name is just a word: a basic
 # understanding, the bearer of bad news.
 _CREDENTIALS = re.compile(
-    r"\b((?:bearer|basic|token) +)(?!(?:bearer|basic|token) )"
+    rf"{_EDGE}((?:bearer|basic|token) +)(?!(?:bearer|basic|token) )"
     r"([A-Za-z0-9._~+/-]+=*)",
     re.IGNORECASE,
 )
@@ -644,18 +665,29 @@ def _apply(text: str, rules: tuple[tuple[str, tuple[_Rule, ...]], ...]) -> str:
 _REACH: Final = 128
 """Characters before a separator in which its key is looked for."""
 
-# Not the colon of a URL, nor one between the hours and minutes of a time.
-_SEPARATOR = re.compile(r"[:=]+>?(?!(?<=:)//|(?<=[0-9]:)[0-9][0-9](?![0-9A-Za-z]))")
+# All of a run, from its start.  Not the colon of a URL, nor that of a time.
+_SEPARATOR = re.compile(
+    r"[:=](?<![:=]{2})[:=]*(?![:=])>?"
+    r"(?!(?<=:)//|(?<=[0-9]:)[0-9][0-9](?![0-9A-Za-z]))"
+)
 _SEPARATORS: Final = frozenset((":", "=", "==", "===", "=>", ":=", ":=>"))
-_AFTER_KEY: Final = "\"'`\\])"  # quotes, escaped or not; user['pin'], (pin)=(1234)
-# Reads a key backwards, and up to two words before it: of "your api key", "key api".
-_BACKWARDS = re.compile(r"[\w.$-]+((?: [\w.$-]+){1,2})?")
+# Blanks, quotes that may be escaped, and brackets: user['pin'] = ..., (pin)=(1234).
+_AFTER_KEY: Final = " \t\"'`\\])"
+_KEY_LETTERS: Final = string.ascii_letters + string.digits + "_.$-"
+_NAME_BACKWARDS = re.compile(r"[\w.$-]*")
+_PHRASE_BACKWARDS = re.compile(r"(?:[\w.$-]+ ?){0,3}")  # yek ipa ruoy
 _NAME = re.compile(r"[\w.$-]+")
 
 # Opens a quoted value: a prefix as in b'', and what a nested `repr` put before it.
 _OPENING = re.compile(r"""[bBfFrRuU]{0,2}(\\{0,15})(["'`])""")
 _CLOSING: Final = {quote: re.compile(rf"(?<!\\)(\\*){quote}") for quote in "\"'`"}
-_BRACKET = re.compile(r"[\[{(]|[\]})]")
+# A bracket, or a quoted text whose brackets are none.
+_BRACKET = re.compile(
+    r"""[\[{(\]})]"""
+    r"""|(?<!\\)(?:'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")""",
+    re.DOTALL,
+)
+_DEPTH: Final = dict.fromkeys("[{(", 1) | dict.fromkeys("]})", -1)
 _BLANKS = re.compile(r"[ \t]+")
 _ANY_BLANKS = re.compile(r"\s+")
 
@@ -677,11 +709,10 @@ _SPACED = re.compile(
     r"(?:[A-Z]{2}[0-9]{2}(?: [A-Z]{4})?|[+(]*[0-9][0-9()./-]*)"
     r"(?: \(?[0-9][0-9()./-]*(?![\w:=]))+"
 )
-# The further cookies of the header, the further parameters of a scheme's credentials.
+# The further cookies of the header, the arguments of a scheme.
 _COOKIES = re.compile(r"""(?:; ?[^\s;,'"]+)+""")
-_PARAMETERS = re.compile(
-    r"""(?:(?:\A|, ?|(?<=[ \t]))[\w-]+=(?:"[^"\n]*"|[^\s,'"]+))+"""
-)
+_ARGUMENT: Final = r"""[\w-]+=(?:"[^"\n]*"|[^\s,'"]+)"""
+_ARGUMENTS = re.compile(f"{_ARGUMENT}(?:, ?{_ARGUMENT})*")
 
 # fmt: off
 # Words that no secret is, with which a sentence goes on: "token: expected a string".
@@ -696,7 +727,7 @@ _NO_SECRETS: Final = frozenset((
     "was", "you", "your",
 ))
 # fmt: on
-_PLACEHOLDER: Final = "*?.•…x"  # what others put in the place of secrets
+_PLACEHOLDER: Final = "*?.•…"  # what others put in the place of secrets
 
 
 class _Key(NamedTuple):
@@ -704,24 +735,28 @@ class _Key(NamedTuple):
     is_quoted: bool
 
 
+def _last(backwards: re.Pattern[str], text: str) -> str:
+    """Return what matches at the end of *text*, read from there."""
+    match = backwards.match(text[::-1])
+    return match[0][::-1] if match else ""
+
+
 def _key_before(text: str, start: int, end: int, keys: KeyRule) -> _Key | None:
     """Return the sensitive key that ends at *end*, or None."""
     head = text[max(start, end - _REACH) : end]
-    name = head[head.rfind(" ") + 1 :]
-    if name.isalnum():  # a word of prose, mostly: the cheap way to the same answer
-        if keys.is_sensitive(name):
-            return _Key(name, is_quoted=False)
-        if name.casefold() not in keys.tails:
-            return None
-    head = head.rstrip(" \t")
     bare = head.rstrip(_AFTER_KEY)
-    match = _BACKWARDS.match(bare[::-1])
-    if match is None:
-        return None
-    phrase = match[0][::-1]
-    name = phrase[phrase.rfind(" ") + 1 :]
-    if keys.is_sensitive(name) or (match[1] and keys.is_sensitive_phrase(phrase)):
-        return _Key(name, len(bare) < len(head))
+    front = bare.rstrip(_KEY_LETTERS)
+    name = bare[len(front) :]
+    if front.endswith("\\") and not keys.is_sensitive(name):
+        name = name[1:]  # the n of an escaped line break
+    elif front and not front[-1].isascii():
+        # A letter of another alphabet, which takes three times as long.
+        name = _last(_NAME_BACKWARDS, bare)
+    if keys.is_sensitive(name) or (
+        name.casefold() in keys.tails
+        and keys.is_sensitive(_last(_PHRASE_BACKWARDS, bare))
+    ):
+        return _Key(name, is_quoted=bool(head[len(bare) :].strip(" \t")))
     if head.endswith(")") and text.startswith("=(", end):
         # PostgreSQL: Key (tenant, lower(email::text))=(acme, ann@example.com)
         columns = _NAME.findall(head, max(0, head.rfind("Key (")))
@@ -734,8 +769,8 @@ def _after_quote(text: str, start: int, slashes: int, quote: str) -> int:
     r"""
     Return where the quoted text that begins at *start* ends; that of *text* if open.
 
-    Behind n backslashes the text is quoted within another. There the closing quote has
-    n as well, fewer if an outer text ends, and one in the value 2n + 1: `\"a\\\"b\"`.
+    Behind n backslashes the text is quoted within another.  There the closing quote
+    has n too, fewer if an outer text ends, and one in the value 2n + 1: `\"a\\\"b\"`.
     """
     closing = _CLOSING[quote]
     while (match := closing.search(text, start)) is not None:
@@ -751,10 +786,10 @@ def _after_quote(text: str, start: int, slashes: int, quote: str) -> int:
 
 
 def _after_bracket(text: str, start: int) -> int:
-    """Return where the bracket that opens at *start* is closed, or the end of *text*."""
+    """Return where the bracket opened at *start* is closed, or the end of *text*."""
     depth = 0
     for match in _BRACKET.finditer(text, start):
-        depth += 1 if match[0] in "[{(" else -1
+        depth += _DEPTH.get(match[0], 0)
         if not depth:
             return match.end()
     return len(text)
@@ -762,7 +797,7 @@ def _after_bracket(text: str, start: int) -> int:
 
 def _bare_end(text: str, start: int, key: str, *, has_scheme: bool) -> int:
     """Return where the value without quotes or brackets ends; *start* if none is."""
-    if has_scheme and (match := _PARAMETERS.match(text, start)):
+    if has_scheme and (match := _ARGUMENTS.match(text, start)):
         return match.end()
     match = _BARE.match(text, start)
     if match is None:
@@ -795,23 +830,25 @@ def _value_span(text: str, start: int, key: str) -> tuple[int, int]:
     return start, _bare_end(text, start, key, has_scheme=scheme is not None)
 
 
-def _assigned(text: str, keys: KeyRule) -> Iterator[tuple[int, int]]:
-    """Yield where the values of sensitive keys stand: `password=...`, `"pin": ...`."""
-    done = 0
-    for match in _SEPARATOR.finditer(text):
-        if match.start() < done or match[0] not in _SEPARATORS:
+def _assigned(text: str, keys: KeyRule) -> list[tuple[int, int]]:
+    """Return where the values of sensitive keys stand: `password=...`, `"pin": ...`."""
+    spans: list[tuple[int, int]] = []
+    done = position = 0
+    while match := _SEPARATOR.search(text, position):
+        position = match.end()
+        if match[0] not in _SEPARATORS:
             continue
         key = _key_before(text, done, match.start(), keys)
         if key is None:
             continue
-        start = match.end()
         blanks = _ANY_BLANKS if key.is_quoted else _BLANKS
-        if blank := blanks.match(text, start):
-            start = blank.end()
-        start, end = _value_span(text, start, key.name)
+        if blank := blanks.match(text, position):
+            position = blank.end()
+        start, end = _value_span(text, position, key.name)
         if end > start:
-            yield start, end
-            done = end
+            spans.append((start, end))
+            done = position = end
+    return spans
 
 
 # A key and its value as a pair, which headers are to ASGI: (b'x-api-key', b'...').  Or
@@ -842,16 +879,6 @@ def _enclosed(text: str, keys: KeyRule) -> Iterator[tuple[int, int]]:
     for match in _ELEMENT.finditer(text):
         if keys.is_sensitive(match["key"]):
             yield match.span("value")
-
-
-def _hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """Return *text* with `REDACTED` in place of each span; they come in order."""
-    parts: list[str] = []
-    done = 0
-    for start, end in spans:
-        parts += text[done:start], REDACTED
-        done = end
-    return "".join((*parts, text[done:])) if parts else text
 
 
 # By pattern: all of it
@@ -885,8 +912,8 @@ def redact_text(text: str, keys: KeyRule = DEFAULT_RULE) -> str:
     return REDACTED
 
 
-# The first look: most short texts have none of these.
-_MARKS = re.compile(rf"[:<{re.escape(''.join(mark for mark, _ in _PLACES_BY_MARK))}]")
+# The first look at a text; most short ones have none of these.
+_MARKS = re.compile(f"[{re.escape(''.join(mark for mark, _ in _PLACES_BY_MARK))}]")
 
 
 def _redact_once(text: str, keys: KeyRule) -> str:
@@ -896,14 +923,14 @@ def _redact_once(text: str, keys: KeyRule) -> str:
         folded = text.casefold()
         if "bearer " in folded or "basic " in folded or "token " in folded:
             text = _CREDENTIALS.sub(_hide_credentials, text)
-    if _MANY_DIGITS.search(text):
+    if len(text) >= _FEWEST_DIGITS and _MANY_DIGITS.search(text):
         text = _DIGITS.sub(_hide_cards_in_groups, text)
     if _MARKS.search(text):
         text = _apply(text, _PLACES_BY_MARK)
-        if _SEPARATOR.search(text):
-            text = _hide(text, _assigned(text, keys))
-        if "', " in text or '", ' in text:
+        if "'," in text or '",' in text:
             text = _hide(text, _paired(text, keys))
-        if "</" in text:
-            text = _hide(text, _enclosed(text, keys))
+    if (":" in text or "=" in text) and (spans := _assigned(text, keys)):
+        text = _hide(text, spans)
+    if "</" in text:
+        text = _hide(text, _enclosed(text, keys))
     return text
