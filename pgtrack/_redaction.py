@@ -1,10 +1,8 @@
 """
-Redaction: by key as an event is taken, by pattern before it leaves.
+Redaction by pattern: the secrets in a text, before it leaves.
 
-Pure: no I/O, no locks, no knowledge of events.  `KeyRule.is_sensitive` says whether
-the value under a key must go as a whole.  `redact_text` takes the secrets out of a
-text and leaves the rest readable: messages of exceptions, URLs, stack traces.
-`is_card_number` asks one of its questions of a bare number.
+Pure: no I/O, no locks, no knowledge of events.  `redact_text` takes the secrets out of
+a text and leaves the rest readable: messages of exceptions, URLs, stack traces.
 
 In doubt the rules hide: a lost word costs less than a leaked one.  What they cannot
 know they leave alone: names and postal addresses, phone numbers and national ids
@@ -18,379 +16,18 @@ from __future__ import annotations
 import base64
 import re
 import string
-import unicodedata
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pgtrack._cards import hide_cards
+from pgtrack._keys import DEFAULT_RULE, REDACTED, KeyRule, hide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = [
-    "DEFAULT_KEYS",
-    "DEFAULT_RULE",
-    "REDACTED",
-    "KeyRule",
-    "is_card_number",
-    "redact_text",
-]
-
-REDACTED: Final = "[redacted]"
-"""What stands where a secret stood.  Redacting again leaves it as it is."""
+__all__ = ["redact_text"]
 
 
-# By key
-
-# fmt: off
-DEFAULT_KEYS: Final[tuple[str, ...]] = tuple(sorted((
-    # Passwords.  "pass" alone is a test result or a boarding pass: it needs company.
-    "admin pass", "auth pass", "database pass", "db pass", "pass phrase *", "passwd *",
-    "password *", "pw", "pwd", "root pass", "smtp pass", "user pass",
-
-    # Codes that stand in for a password.  "code" alone is a status or a country.
-    "2fa code", "access code", "auth code", "authorization code", "backup code",
-    "code verifier", "mfa code", "one time code", "otp", "otp code", "pass code", "pin",
-    "pin code", "recovery code", "recovery phrase", "seed phrase", "sms code", "totp",
-    "verification code",
-
-    # Tokens.  The plural alone counts what a language model reads: see _HARMLESS.
-    "access token *", "api token *", "auth token *", "bearer", "bearer token *", "jwt",
-    "id token *", "refresh token *", "session token *", "token",
-
-    # Keys.  "key" alone is a primary key, a key of a cache, a key on the keyboard.
-    "access key *", "account key", "api key *", "app key", "auth key", "encryption key",
-    "license key", "master key", "private key *", "secret key *", "service key",
-    "session key", "shared key", "signing key", "ssh key", "webhook key",
-
-    # Secrets that say so, and what contains one.
-    "client secret *", "connection string", "cred", "credential", "secret",
-
-    # What a browser sends to prove who it is.
-    "auth", "authorization", "cookie", "csrf", "csrf middleware token", "xsrf",
-
-    # Payment cards and bank accounts.
-    "account number", "acct number", "bank account", "card code", "card no", "card num",
-    "card number *", "card pan", "cc no", "cc num", "cc number", "credit card", "cvc",
-    "cvv", "debit card", "iban", "routing number", "security code",
-
-    # Numbers that a state gave to a person, and the date that goes with them.
-    "birth date", "birthday", "date of birth", "dob", "driver license",
-    "driver license number", "drivers license", "drivers license number",
-    "national id", "national insurance number", "passport", "passport number",
-    "social security", "social security number", "ssn *", "tax id", "tax number",
-
-    # How to reach a person.  In a text addresses go by pattern, phones only by key.
-    "email", "email address", "mobile number", "mobile phone", "phone", "phone number",
-    "tel", "telephone", "telephone number",
-)))
-"""
-The keys that are sensitive unasked, as words.
-
-A key matches if its words end in such a sequence, in any notation and number:
-`userPassword`, `X-Api-Key`, `card_number2`, `APIKEY`, `access tokens`.  After an entry
-with `*` other words may follow (`api_key_prod`), unless the last of them shows that
-the value is only about the secret (`api_key_id`, `password_length`).
-"""
-
-# Last words of a key whose value is the secret in another dress: password_hash.
-_DRESSES: Final = frozenset((
-    "again", "b", "base", "bytes", "confirm", "confirmation", "current", "digest",
-    "encrypted", "hash", "hashed", "header", "hex", "new", "old", "plain", "plaintext",
-    "raw", "repeat", "salt", "string", "str", "text", "value",
-))
-
-# Last words of a key whose value is about a secret: password_changed_at, api_key_id.
-_ABOUT: Final = frozenset((
-    "age", "algorithm", "at", "attempt", "attempts", "by", "change", "changed", "count",
-    "created", "date", "disabled", "enabled", "endpoint", "error", "errors", "exists",
-    "expiration", "expired", "expires", "expiry", "failed", "failure", "failures",
-    "field", "file", "format", "forgotten", "id", "ids", "in", "invalid", "issuer",
-    "len", "length", "lifetime", "limit", "max", "method", "min", "missing", "mode",
-    "name", "names", "on", "page", "path", "policy", "present", "provider", "quality",
-    "required", "requirements", "reset", "retries", "rotated", "rotation", "rules",
-    "scope", "scopes", "score", "set", "size", "source", "status", "strength", "time",
-    "ttl", "type", "types", "updated", "uri", "url", "used", "valid", "validity",
-    "verified", "version", "visibility", "visible",
-))
-
-# First words that make a key a question or a switch: has_password, send_email.
-_SWITCHES: Final = frozenset((
-    "allow", "allows", "are", "can", "did", "does", "enable", "enables", "had", "has",
-    "is", "needs", "no", "require", "required", "requires", "send", "should", "show",
-    "skip", "supports", "uses", "was",
-))
-
-# Endings that only look sensitive.  The longer ending counts: refresh_tokens is.
-_HARMLESS: Final = frozenset((
-    # What a language model reads and writes, and where it stops.
-    "tokens", "bostoken", "completiontoken", "eostoken", "firsttoken", "inputtoken",
-    "masktoken", "maxtoken", "outputtoken", "padtoken", "pertoken", "prompttoken",
-    "specialtoken", "stoptoken", "unktoken",
-
-    # Pins of maps and boards; a header of CORS and a flag of XMLHttpRequest.
-    "pins", "allowcredentials", "withcredentials",
-))
-# fmt: on
-
-# No other word ends in these, so they count when glued to a name: PGPASSWORD.
-_GLUED: Final = ("apikey", "passphrase", "passwd", "password", "secretkey")
-
-_KNOWN_KEYS: Final = 1_024
-"""Verdicts a rule keeps: more keys than a program has, fewer than one can send it."""
-
-_KNOWN_KEY: Final = 64
-"""Characters of the longest key kept, so that the memory is bounded in bytes too."""
-
-_NOT_WORD = re.compile(r"[\W\d_]+")
-_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # a|Bc, A|Bc
-
-
-def _words(key: str) -> list[str]:
-    """Return the words of *key*; camelCase, digits and punctuation divide them."""
-    if not key.isascii():
-        key = unicodedata.normalize("NFKC", key)  # fullwidth and other dressed letters
-    return [word for word in _NOT_WORD.split(_CAMEL.sub(" ", key).casefold()) if word]
-
-
-def _glue(keys: Iterable[str]) -> frozenset[str]:
-    """
-    Return the words of each key glued together, and the plural.
-
-    Glued, since that makes "api key", "apiKey" and "apikey" one.
-    """
-    singular = ["".join(_words(key)) for key in keys]
-    return frozenset(singular).union(
-        word + ("es" if word.endswith("s") else "s") for word in singular
-    )
-
-
-@dataclass(frozen=True, init=False)
-class KeyRule:
-    """
-    Decide by its key whether a value is sensitive: `DEFAULT_KEYS`, and yours on top.
-
-    Rules of equal extras are equal.  Verdicts on about a thousand keys are remembered,
-    without a lock: threads, signal handlers and finalizers may ask at any moment.
-
-    Args:
-        extra: Further keys, in the notation of the defaults or any other (`nationalId`,
-            `patient_*`).  They too match as whole words: `tenant` hides what is under
-            `tenant` and `acme.tenant`, not `tenant_name` nor `subtenant`; `tenant*`
-            all but the last.  They win over the exceptions that keep `max_tokens` or
-            `is_admin` readable.
-
-    Raises:
-        ValueError: A key in *extra* has no letter.
-    """
-
-    extra: tuple[str, ...]
-    tails: frozenset[str] = field(repr=False, compare=False)
-    _ends: frozenset[str] = field(repr=False, compare=False)
-    _anywhere: frozenset[str] = field(repr=False, compare=False)
-    _own_ends: frozenset[str] = field(repr=False, compare=False)
-    _own_anywhere: frozenset[str] = field(repr=False, compare=False)
-    _longest: int = field(repr=False, compare=False)
-    _known: dict[str, bool] = field(repr=False, compare=False)
-
-    def __init__(self, extra: Iterable[str] = ()) -> None:
-        own = {
-            key: _words(key)
-            for key in sorted({extra} if isinstance(extra, str) else set(extra))
-        }
-        for key, words in own.items():
-            if not words:
-                raise ValueError(
-                    "`redact_keys` must hold keys with at least one letter (got one"
-                    f" of {len(key)} characters without). Leave it out."
-                )
-        every = {key: _words(key) for key in DEFAULT_KEYS} | own
-        tails = {words[-1] for words in every.values() if len(words) > 1}
-        put = object.__setattr__  # the class is frozen
-        put(self, "extra", tuple(own))
-        put(self, "tails", _DRESSES | tails)
-        put(self, "_ends", _glue(every))
-        put(self, "_anywhere", _glue(key for key in every if key.endswith("*")))
-        put(self, "_own_ends", _glue(own))
-        put(self, "_own_anywhere", _glue(key for key in own if key.endswith("*")))
-        put(self, "_longest", max(map(len, every.values())))
-        put(self, "_known", {})
-
-    def is_sensitive(self, key: str) -> bool:
-        """Tell whether the value under *key* must be replaced as a whole."""
-        verdict = self._known.get(key)
-        if verdict is None:
-            verdict = self._judge(key)
-            if len(key) <= _KNOWN_KEY:
-                if len(self._known) >= _KNOWN_KEYS:
-                    self._known.clear()
-                self._known[key] = verdict
-        return verdict
-
-    def _judge(self, key: str) -> bool:
-        words = _words(key)
-        if self.extra and (
-            not self._own_ends.isdisjoint(self._endings(words))
-            or self._occurs(self._own_anywhere, words)
-        ):
-            return True
-        if not words or words[0] in _SWITCHES:
-            return False
-        while True:
-            for ending in self._endings(words):
-                if ending in _HARMLESS:
-                    return False
-                if ending in self._ends:
-                    return True
-            if len(words) == 1 or words[-1] not in _DRESSES:
-                break
-            words.pop()
-        return words[-1] not in _ABOUT and (
-            any(word.endswith(_GLUED) for word in words)
-            or self._occurs(self._anywhere, words)
-        )
-
-    def _endings(self, words: list[str]) -> list[str]:
-        """Return the last words glued together, the most of them first."""
-        first = max(0, len(words) - self._longest)
-        return ["".join(words[start:]) for start in range(first, len(words))]
-
-    def _occurs(self, sequences: frozenset[str], words: list[str]) -> bool:
-        """Tell whether one of *sequences* stands anywhere in *words*."""
-        return any(
-            "".join(words[start : start + count]) in sequences
-            for start in range(len(words))
-            for count in range(1, self._longest + 1)
-        )
-
-
-DEFAULT_RULE: Final = KeyRule()
-"""The rule of `DEFAULT_KEYS` alone."""
-
-
-# By pattern: payment cards
-
-
-def _hide(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """
-    Return *text* with `REDACTED` in place of each span.
-
-    Spans come in the order of their starts; those that overlap count as one.
-    """
-    parts: list[str] = []
-    done = 0
-    for start, end in spans:
-        if start >= done:
-            parts += text[done:start], REDACTED
-        done = max(done, end)
-    return "".join((*parts, text[done:])) if parts else text
-
-
-class _Issuer(NamedTuple):
-    prefix: str  # a regular expression for the first digits
-    lengths: tuple[int, ...]
-
-
-# Ranges as the issuers give them out; where two share one, each length counts.  UATP
-# (1...) is left out: until 2033 so begin the milliseconds since 1970.
-_ISSUERS: Final = (
-    _Issuer("4", (13, 16, 19)),  # Visa; 13 is history, but still in test data
-    _Issuer("5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720", (16,)),  # Mastercard
-    _Issuer("3[47]", (15,)),  # American Express
-    _Issuer("30[0-59]|3[689]", (14, 16, 19)),  # Diners Club
-    _Issuer("6011|64[4-9]|65", (16, 19)),  # Discover
-    _Issuer("352[89]|35[3-8]", (16, 19)),  # JCB
-    _Issuer("62|81", (16, 17, 18, 19)),  # UnionPay
-    _Issuer("5018|5020|5038|5[678]|6304|639|67", (13, 15, 16, 18, 19)),  # Maestro
-    _Issuer("220[0-4]", (16, 17, 18, 19)),  # Mir
-    _Issuer("508|60|82", (16,)),  # RuPay, Hipercard
-    _Issuer("50[679]", (16, 18, 19)),  # Verve, Elo, Dankort's relatives
-    _Issuer("5019", (16,)),  # Dankort
-    _Issuer("9792", (16,)),  # Troy
-)
-_CARD = re.compile(
-    "|".join(
-        f"(?={issuer.prefix})[0-9]{{{length}}}"
-        for issuer in _ISSUERS
-        for length in issuer.lengths
-    )
-)
-_FEWEST_DIGITS: Final = min(min(issuer.lengths) for issuer in _ISSUERS)
-_MOST_DIGITS: Final = max(max(issuer.lengths) for issuer in _ISSUERS)
-
-# 19 digits are written in fours and three; nobody writes more groups than that.
-_MOST_GROUPS: Final = 5
-
-# The cheap first look: enough digits near each other.  A failed attempt reads at most a
-# dozen characters, and the blanks behind them.
-_MANY_DIGITS = re.compile(r"[0-9][0-9 -]{11,}[0-9]")
-
-# A run of digits in groups, taken as a whole.  A UUID is taken first: some have groups
-# without a letter.
-_DIGITS = re.compile(
-    r"[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}"
-    r"|(?P<groups>[0-9]+(?:[ -][0-9]+)*)"
-)
-_GROUP = re.compile(r"[0-9]+")
-# What makes the digits beside it part of something else: a word, a hexadecimal number,
-# a decimal one.  An escaped line break in a `repr` does not.
-_SPOILT_BEFORE = re.compile(r"(?<!\\)[A-Za-z]\Z|\\(?![nrt])[A-Za-z]\Z|[0-9]\.\Z")
-_SPOILT_AFTER = re.compile(r"[A-Za-z]|\.[0-9]")
-
-_DOUBLED = str.maketrans("0123456789", "0246813579")  # doubled, its digits added up
-_ZERO = ord("0")
-
-
-def _is_card(digits: str) -> bool:
-    """Tell whether *digits* have an issuer, its length, and a check digit that fits."""
-    if _CARD.fullmatch(digits) is None:
-        return False
-    # The Luhn formula, ISO/IEC 7812-1, annex B.
-    added = digits[-1::-2] + digits[-2::-2].translate(_DOUBLED)
-    return (sum(added.encode()) - _ZERO * len(added)) % 10 == 0
-
-
-def is_card_number(value: float) -> bool:
-    """
-    Tell whether a bare number is that of a payment card.
-
-    A float counts if it is whole.  Order numbers and stamps in milliseconds or finer
-    are none, but for the tenth that have an issuer's prefix and length by chance and
-    pass the check digit.
-    """
-    if isinstance(value, float):
-        if not value.is_integer():
-            return False
-        value = int(value)
-    if not 10 ** (_FEWEST_DIGITS - 1) <= value < 10**_MOST_DIGITS:
-        return False
-    return _is_card(str(int(value)))
-
-
-def _hide_cards_in_groups(match: re.Match[str]) -> str:
-    """Return a run of digits without the cards in it, each of up to five groups."""
-    run, text = match[0], match.string
-    if match["groups"] is None or len(run) < _FEWEST_DIGITS:
-        return run
-    groups = [group.span() for group in _GROUP.finditer(run)]
-    if _SPOILT_BEFORE.search(text[max(0, match.start() - 2) : match.start()]):
-        del groups[0]
-    if groups and _SPOILT_AFTER.match(text, match.end()):
-        groups.pop()
-    ends = [end for _, end in groups]
-    cards: list[tuple[int, int]] = []
-    for first, (start, _) in enumerate(groups):
-        last = min(first + _MOST_GROUPS, len(ends)) - 1
-        # The longest that fits, so that no digits of a long number stay behind.
-        while last >= first and (length := ends[last] - start) >= _FEWEST_DIGITS:
-            if length < _MOST_DIGITS + _MOST_GROUPS and _is_card(
-                run[start : ends[last]].replace(" ", "").replace("-", "")
-            ):
-                cards.append((start, ends[last]))
-                break
-            last -= 1
-    return _hide(run, cards)
-
-
-# By pattern: what can be told by its shape
+# What can be told by its shape
 
 
 def _hide_parameters(match: re.Match[str]) -> str:
@@ -660,7 +297,7 @@ def _apply(text: str, rules: tuple[tuple[str, tuple[_Rule, ...]], ...]) -> str:
     return text
 
 
-# By pattern: what can be told by the key before it
+# What can be told by the key before it
 
 _REACH: Final = 128
 """Characters before a separator in which its key is looked for."""
@@ -881,7 +518,7 @@ def _enclosed(text: str, keys: KeyRule) -> Iterator[tuple[int, int]]:
             yield match.span("value")
 
 
-# By pattern: all of it
+# All of it
 
 _ROUNDS: Final = 4
 """
@@ -923,14 +560,13 @@ def _redact_once(text: str, keys: KeyRule) -> str:
         folded = text.casefold()
         if "bearer " in folded or "basic " in folded or "token " in folded:
             text = _CREDENTIALS.sub(_hide_credentials, text)
-    if len(text) >= _FEWEST_DIGITS and _MANY_DIGITS.search(text):
-        text = _DIGITS.sub(_hide_cards_in_groups, text)
+    text = hide_cards(text)
     if _MARKS.search(text):
         text = _apply(text, _PLACES_BY_MARK)
         if "'," in text or '",' in text:
-            text = _hide(text, _paired(text, keys))
+            text = hide(text, _paired(text, keys))
     if (":" in text or "=" in text) and (spans := _assigned(text, keys)):
-        text = _hide(text, spans)
+        text = hide(text, spans)
     if "</" in text:
-        text = _hide(text, _enclosed(text, keys))
+        text = hide(text, _enclosed(text, keys))
     return text

@@ -16,14 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgtrack._redaction import (
-    DEFAULT_KEYS,
-    DEFAULT_RULE,
-    REDACTED,
-    KeyRule,
-    is_card_number,
-    redact_text,
-)
+from pgtrack._cards import is_card_number
+from pgtrack._keys import DEFAULT_KEYS, DEFAULT_RULE, REDACTED, KeyRule
+from pgtrack._redaction import redact_text
 
 
 def fake(prefix: str, length: int) -> str:
