@@ -2,15 +2,15 @@
 The blocks: sessions, journeys, calls, and the other side of a hand-off.
 
 A block is a recipe that can be entered any number of times, also at once in several
-threads and tasks.  Each time it makes an `Activation`, which holds what this one run
-knows and says what is to be told when it is left.  The decorators use the same.
+threads and tasks.  Each time it makes an `Activation`, which has a frame of its own,
+holds what this one run knows, and says what is to be told when it is left.  The
+decorators use the same.
 """
 
 from __future__ import annotations
 
+import abc
 import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pgtrack import _diagnostics, _errors, _propagation
@@ -20,15 +20,21 @@ from pgtrack._context import (
     Cell,
     Frame,
     current_frame,
-    is_session_id,
     new_session_id,
     pop,
     push,
+    switch,
 )
 from pgtrack._snapshot import KEEP_ALL, snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Unpack
+
     from pgtrack._client import Client
+    from pgtrack._event import EventFields, StepFields
     from pgtrack._propagation import Headers
 
 __all__ = [
@@ -43,69 +49,82 @@ __all__ = [
 ]
 
 
-
 class Activation:
     """
     One run of a block.
 
     Attributes:
-        frame: What the run pushed; None if it runs in the frame around it.
+        frame: What the run pushed.
     """
 
     __slots__ = ("frame",)
 
-    def __init__(self, frame: Frame | None) -> None:
+    def __init__(self, frame: Frame) -> None:
         self.frame = frame
-        if frame is not None:
-            push(frame)
+        push(frame)
 
     def leave(self, error: BaseException | None = None, result: object = None) -> None:
         """
         End the run, by *error* or with the *result* of a decorated function.
 
-        Nothing of our own leaves here: the host goes on with its own result or error.
+        What there is to tell belongs to the run's own frame, also where a block that
+        straddles a `yield` is left in another context.  Nothing of our own leaves here:
+        the host goes on with its own result or error.
         """
+        outside = switch(self.frame)
         try:
             self.tell(error, result)
         except Exception as problem:  # noqa: BLE001  the host must not see our errors
             _diagnostics.internal_error(problem)
         finally:
-            if self.frame is not None:
-                pop(self.frame)
+            switch(outside)
+            pop(self.frame)
 
     def tell(self, error: BaseException | None, result: object) -> None:
         """Emit what is to be told at the end."""
 
 
 A = TypeVar("A", bound=Activation)
-B = TypeVar("B", bound="Block[Any]")
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar(
+    "F",
+    bound="Callable[..., Any] | classmethod[Any, Any, Any] | staticmethod[Any, Any]",
+)
 
 
-class Block(Generic[A]):
+class Block(abc.ABC, Generic[A]):
     """
     A recipe for runs: a context manager, sync and async, and a decorator.
 
-    As a decorator of a generator it is entered around each step, not around the body, so
-    that the consumer never runs inside of it.
+    As a decorator of a generator it is entered around each step, not around the body,
+    so that the consumer never runs inside of it.
     """
 
-    def __init__(self, client: Client | None) -> None:
+    def __init__(self, client: Client | None, first: object = None) -> None:
+        if callable(first):
+            verb = type(self).__name__
+            msg = (
+                f"{verb} must be called to decorate (got a function). Use @{verb}(...)."
+            )
+            raise TypeError(msg)
         self._client = client
-        self._entered: list[A] = []
+        self._entered: dict[int, A] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the runs behind: a copy, or what is pickled, is the recipe alone."""
+        return {**self.__dict__, "_entered": {}}
 
     @property
     def client(self) -> Client:
         """The client of the block, else the default one."""
         return default_client() if self._client is None else self._client
 
+    @abc.abstractmethod
     def activate(self) -> A:
         """Begin a run."""
-        raise NotImplementedError
 
     def __enter__(self) -> A:
         activation = self.activate()
-        self._entered.append(activation)
+        self._entered[activation.frame.key] = activation
         return activation
 
     def __exit__(
@@ -114,7 +133,9 @@ class Block(Generic[A]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._innermost().leave(error)
+        # A generator that is closed has completed, and so have the blocks in it.
+        is_closed = isinstance(error, GeneratorExit)
+        self._innermost().leave(None if is_closed else error)
 
     async def __aenter__(self) -> A:
         return self.__enter__()
@@ -134,17 +155,14 @@ class Block(Generic[A]):
         return observe(function, self.activate, self)
 
     def _innermost(self) -> A:
-        """Take out the run that is left: the innermost of this context, else the last."""
-        entered = self._entered
-        if len(entered) > 1:
-            frame = current_frame()
-            while frame is not None:
-                for activation in entered:
-                    if activation.frame is frame:
-                        entered.remove(activation)
-                        return activation
-                frame = frame.parent
-        return entered.pop()
+        """Take out the run that is left: this context's innermost, else the last."""
+        frame = current_frame()
+        while frame is not None:
+            activation = self._entered.pop(frame.key, None)
+            if activation is not None:
+                return activation
+            frame = frame.parent
+        return self._entered.popitem()[1]
 
 
 # --- sessions ---
@@ -158,7 +176,6 @@ class SessionRun(Activation):
     @property
     def session_id(self) -> str:
         """The id of the session."""
-        assert self.frame is not None  # noqa: S101  a session always pushes
         return str(self.frame.session_id)
 
 
@@ -171,7 +188,7 @@ class session(Block[SessionRun]):  # noqa: N801  a verb, used as `with session(.
     already active may be entered again, and is then gone on with.
 
     Args:
-        session_id: 1 to 128 of ASCII letters, digits and `_.:-`, a letter or digit first
+        session_id: 1 to 128 ASCII letters, digits and `_.:-`, a letter or digit first
             (a UUID with `session_id_format="uuid"`).  None makes a new one for each
             entry, as does an id that does not fit, which is counted.
 
@@ -190,7 +207,7 @@ class session(Block[SessionRun]):  # noqa: N801  a verb, used as `with session(.
         metadata: Mapping[str, Any] | None = None,
         client: Client | None = None,
     ) -> None:
-        super().__init__(client)
+        super().__init__(client, session_id)
         self._session_id = session_id
         self._user_id = user_id
         self._metadata = metadata
@@ -198,21 +215,24 @@ class session(Block[SessionRun]):  # noqa: N801  a verb, used as `with session(.
     def activate(self) -> SessionRun:
         """Begin the session."""
         client = self.client
-        format = client.config.session_id_format  # noqa: A001
         session_id = self._session_id
-        if session_id is not None and not is_session_id(session_id, format):
-            client.adjust("session_id")
-            session_id = None
+        if session_id is not None:
+            session_id = client.checked_session_id(session_id)
         if session_id is None:
-            session_id = new_session_id(format=format)
+            session_id = new_session_id(format=client.config.session_id_format)
         user_id = self._user_id
         if user_id is not None:
             user_id = client.checked_user_id(user_id)
-        metadata: dict[str, Any] = {}
-        if self._metadata is not None:
-            taken = snapshot(self._metadata, KEEP_ALL).value
-            metadata = taken if isinstance(taken, dict) else {"value": taken}
+        metadata = _as_dict(self._metadata)
         return SessionRun(session_frame(session_id, user_id=user_id, metadata=metadata))
+
+
+def _as_dict(metadata: object) -> dict[str, Any]:
+    """Return a snapshot of *metadata*, whatever was given, not yet redacted."""
+    if metadata is None:
+        return {}
+    taken = snapshot(metadata, KEEP_ALL).value
+    return taken if isinstance(taken, dict) else {"value": taken}
 
 
 def session_frame(
@@ -226,31 +246,23 @@ def session_frame(
 ) -> Frame:
     """Return a frame for a session inside of the present frame."""
     parent = current_frame()
-    if parent is None:
-        return Frame(
-            None,
-            session_id=session_id,
-            request_id=request_id,
-            journey_id=journey_id,
-            metadata=metadata or {},
-            cell=Cell(user_id),
-            is_remote=is_remote,
-        )
-    is_same = parent.session_id == session_id
-    cell = Cell(user_id)
-    if is_same and user_id is None:
-        cell = parent.cell
+    around = _OUTSIDE if parent is None else parent
+    is_same = around.session_id == session_id
     return Frame(
         parent,
         session_id=session_id,
-        request_id=request_id or parent.request_id,
-        journey_id=journey_id or (parent.journey_id if is_same else None),
-        step=parent.step if is_same else None,
-        metadata={**parent.metadata, **metadata} if metadata else parent.metadata,
-        cell=cell,
-        is_remote=is_remote or (is_same and parent.is_remote),
-        is_suppressed=parent.is_suppressed,
+        request_id=request_id or around.request_id,
+        journey_id=journey_id or (around.journey_id if is_same else None),
+        step=around.step if is_same and journey_id is None else None,
+        metadata={**around.metadata, **metadata} if metadata else around.metadata,
+        cell=around.cell if is_same and user_id is None else Cell(user_id),
+        is_remote=is_remote or (is_same and around.is_remote),
+        is_suppressed=around.is_suppressed,
     )
+
+
+_OUTSIDE = Frame(None)
+"""What there is to inherit from where there is no frame: nothing."""
 
 
 class continued_from(Block[SessionRun]):  # noqa: N801  a verb, used as `with ...`
@@ -314,14 +326,15 @@ class Journey(Activation):
 
     __slots__ = ("_client", "_has_ended", "journey_id")
 
-    def __init__(self, frame: Frame, journey_id: str, client: Client) -> None:
+    def __init__(self, journey_id: str, client: Client) -> None:
+        frame = part_frame(journey_id)
         self._client = client
         self._has_ended = False
-        self.journey_id = journey_id
+        self.journey_id = str(frame.journey_id)
         super().__init__(frame)
 
     def step(
-        self, step_id: str, name: str | None = None, **fields: Any
+        self, step_id: str, step_name: str | None = None, **fields: Unpack[StepFields]
     ) -> bool:
         """
         Emit a `journey.step` event.
@@ -329,26 +342,26 @@ class Journey(Activation):
         Args:
             step_id: The step, such as `payment`.
 
-            name: The step as people call it.
+            step_name: The step as people call it.
 
             fields: As for `emit`.
         """
         return self._client.track_journey_step(
-            self.journey_id, step_id, name, **fields
+            self.journey_id, step_id, step_name, **fields
         )
 
-    def convert(self, **fields: Any) -> bool:
+    def convert(self, **fields: Unpack[EventFields]) -> bool:
         """Emit that the journey reached its goal."""
         return self._end("converted", fields)
 
-    def abandon(self, reason: str | None = None, **fields: Any) -> bool:
+    def abandon(self, reason: str | None = None, **fields: Unpack[EventFields]) -> bool:
         """Emit that the journey was given up; *reason* goes into the metadata."""
         if reason is not None:
-            metadata = fields.get("metadata") or {}
+            metadata = _as_dict(fields.get("metadata"))
             fields["metadata"] = {**metadata, "reason": reason}
         return self._end("abandoned", fields)
 
-    def _end(self, status: str, fields: dict[str, Any]) -> bool:
+    def _end(self, status: str, fields: EventFields) -> bool:
         # The names the real frontend uses: ProductGraph's type list has no conversion.
         self._has_ended = True
         fields.setdefault("name", "journey_conversion")
@@ -359,8 +372,7 @@ class Journey(Activation):
     def tell(self, error: BaseException | None, result: object) -> None:
         """Abandon the journey if an exception ends it before it did."""
         del result
-        is_abandoned = error is not None and not isinstance(error, GeneratorExit)
-        if is_abandoned and not self._has_ended:
+        if error is not None and not self._has_ended:
             self.abandon(type(error).__name__)
 
 
@@ -379,17 +391,20 @@ class journey(Block[Journey]):  # noqa: N801  a verb, used as `with journey(...)
     """
 
     def __init__(self, journey_id: str, *, client: Client | None = None) -> None:
-        super().__init__(client)
+        super().__init__(client, journey_id)
         self._journey_id = journey_id
 
     def activate(self) -> Journey:
         """Begin the journey."""
-        frame = part_frame(self._journey_id, None)
-        return Journey(frame, self._journey_id, self.client)
+        return Journey(self._journey_id, self.client)
 
 
-def part_frame(journey_id: str | None, step: tuple[str, str | None] | None) -> Frame:
-    """Return a frame for a journey or a step inside of the present frame."""
+def part_frame(
+    journey_id: Any = None, step: tuple[str, str | None] | None = None
+) -> Frame:
+    """Return a frame for a part of the present unit of work, if any."""
+    if journey_id is not None and not isinstance(journey_id, str):
+        journey_id = str(snapshot(journey_id, KEEP_ALL).value)  # such as a UUID
     parent = current_frame()
     if parent is None:
         return Frame(None, journey_id=journey_id, step=step)
@@ -426,16 +441,12 @@ class ApiCall(Activation):
         self.path = path
         self.status_code: int = 200
         self._started = time.perf_counter()
-        # Outside of any unit of work the call is one: `identify` has a place to write.
-        super().__init__(Frame(None) if current_frame() is None else None)
+        super().__init__(part_frame())
 
     def tell(self, error: BaseException | None, result: object) -> None:
         """Emit the response, and before it the error that a 500 stands for."""
-        del result
         duration = time.perf_counter() - self._started
-        status = self.status_code
-        if error is not None and not isinstance(error, GeneratorExit):
-            status = _errors.status_of(error)
+        status = self.answer(result) if error is None else _errors.status_of(error)
         checked = _errors.as_status(status)
         if checked is None:
             self._client.adjust("status_code")
@@ -450,6 +461,11 @@ class ApiCall(Activation):
         if self.method is not None:
             fields["api_method"] = self.method
         self._client.emit("api.response", **fields)
+
+    def answer(self, result: object) -> int:
+        """Return the status of a call that came to its end."""
+        del result
+        return self.status_code
 
     def _tell_error(self, error: BaseException | None, status: int) -> None:
         if error is None:
@@ -484,7 +500,7 @@ class api_call(Block[ApiCall]):  # noqa: N801  a verb, used as `with api_call(..
         *,
         client: Client | None = None,
     ) -> None:
-        super().__init__(client)
+        super().__init__(client, method)
         self._method = method
         self._path = path
 

@@ -1,29 +1,32 @@
 """
 The correlation: one context variable that holds the innermost frame.
 
-A frame is a unit of work: a session, a request, a journey or a step.  Frames
-are never changed once pushed, so that whoever copied the context (a task, a
-thread) goes on to see its own.  What must be seen across copies, the user,
+A frame is a unit of work, or a part of one: a session, a request, a journey, a step
+or a call.  Frames are never changed once pushed, so that whoever copied the context
+(a task, a thread) goes on to see its own.  What must be seen across copies, the user,
 sits in a `Cell` that the frames of one session or request share.
 
-Leaving a block out of order neither raises nor clobbers.  A frame that is left
-while another is innermost is only marked closed; whoever leaves the inner one
-skips it on the way out.
+Leaving a block out of order neither raises nor clobbers: its frame is taken out from
+under the others.  In a context that it was never pushed in there is nothing to do.
 """
 
 from __future__ import annotations
 
 import contextvars
+import copy
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
 from pgtrack._clock import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 __all__ = [
     "SUPPRESSED",
@@ -32,6 +35,7 @@ __all__ = [
     "Frame",
     "context_of",
     "current_frame",
+    "is_journey_id",
     "is_request_id",
     "is_session_id",
     "is_user_id",
@@ -75,6 +79,11 @@ def is_user_id(value: object) -> bool:
     return isinstance(value, str) and _USER(value) is not None
 
 
+def is_journey_id(value: object) -> bool:
+    """Return whether *value* is 1 to 255 printable characters, the server's column."""
+    return isinstance(value, str) and 0 < len(value) <= 255 and value.isprintable()  # noqa: PLR2004
+
+
 def new_session_id(prefix: str = "", format: SessionIdFormat = "token") -> str:  # noqa: A002
     """Return a new session id: a UUID, behind *prefix* where the format allows one."""
     return new_id() if format == "uuid" else prefix + new_id()
@@ -90,11 +99,12 @@ class Cell:
 
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_keys = itertools.count()
 
 
 class Frame:
     """
-    One unit of work, inside of its parent.
+    One unit of work, or a part of one, inside of its parent.
 
     Attributes:
         session_id: None for a unit of work outside of any session.
@@ -115,15 +125,17 @@ class Frame:
 
         parent: The frame around this one.
 
-        is_closed: Whether the block was left.
+        key: What tells frames apart; one that moved to another parent keeps it.
+
+        redacted: The metadata as each client redacted it; shared where it is the same.
     """
 
     __slots__ = (
         "cell",
-        "is_closed",
         "is_remote",
         "is_suppressed",
         "journey_id",
+        "key",
         "metadata",
         "parent",
         "redacted",
@@ -132,7 +144,7 @@ class Frame:
         "step",
     )
 
-    def __init__(  # noqa: PLR0913  a frame is these values, and made in few places
+    def __init__(
         self,
         parent: Frame | None,
         *,
@@ -154,8 +166,12 @@ class Frame:
         self.cell = Cell() if cell is None else cell
         self.is_remote = is_remote
         self.is_suppressed = is_suppressed
-        self.is_closed = False
-        self.redacted: dict[object, Mapping[str, Any]] = {}
+        self.key = next(_keys)
+        self.redacted: dict[object, Mapping[str, Any]] = (
+            parent.redacted
+            if parent is not None and parent.metadata is metadata
+            else {}
+        )
 
     def child(
         self,
@@ -176,6 +192,12 @@ class Frame:
             is_suppressed=self.is_suppressed,
         )
 
+    def inside(self, parent: Frame | None) -> Frame:
+        """Return this frame inside of another parent."""
+        moved = copy.copy(self)
+        moved.parent = parent
+        return moved
+
 
 _frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
     "pgtrack_frame", default=None
@@ -191,13 +213,17 @@ def push(frame: Frame) -> None:
 
 
 def pop(frame: Frame) -> None:
-    """Close *frame*; if it is the innermost, its nearest open parent takes over."""
-    frame.is_closed = True
-    if _frame.get() is frame:
-        parent = frame.parent
-        while parent is not None and parent.is_closed:
-            parent = parent.parent
-        _frame.set(parent)
+    """Take *frame* out of the running context, wherever in it it is, if it is."""
+    inner: list[Frame] = []
+    innermost = _frame.get()
+    while innermost is not None and innermost.key != frame.key:
+        inner.append(innermost)
+        innermost = innermost.parent
+    if innermost is not None:
+        innermost = innermost.parent
+        while inner:
+            innermost = inner.pop().inside(innermost)
+        _frame.set(innermost)
 
 
 def switch(frame: Frame | None) -> Frame | None:
@@ -213,7 +239,7 @@ SUPPRESSED = Frame(None, is_suppressed=True)
 
 @contextmanager
 def suppress() -> Iterator[None]:
-    """Turn emitting off in the running context: what is pgtrack's own is not tracked."""
+    """Turn emitting off in the running context, for what is pgtrack's own."""
     before = switch(SUPPRESSED)
     try:
         yield
@@ -221,7 +247,7 @@ def suppress() -> Iterator[None]:
         switch(before)
 
 
-_process_session: tuple[int, str] = (0, "")
+_process_sessions: dict[int, str] = {}
 
 
 def process_session_id() -> str:
@@ -230,11 +256,10 @@ def process_session_id() -> str:
 
     One per process, also across forks; it is never propagated.
     """
-    global _process_session  # noqa: PLW0603  the one value a process has of it
-    pid, session_id = _process_session
-    if pid != os.getpid():
-        session_id = "proc-" + new_id()
-        _process_session = (os.getpid(), session_id)
+    pid = os.getpid()
+    session_id = _process_sessions.get(pid)
+    if session_id is None:  # of several threads one makes it
+        session_id = _process_sessions.setdefault(pid, "proc-" + new_id())
     return session_id
 
 
@@ -259,20 +284,17 @@ class Context:
     request_id: str | None = None
     user_id: str | None = None
     journey_id: str | None = None
-    metadata: Mapping[str, Any] = attrs.field(factory=lambda: _NOTHING)
-
-
-_OUTSIDE = Context()
+    metadata: Mapping[str, Any] = attrs.field(factory=dict)
 
 
 def context_of(frame: Frame | None) -> Context:
     """Return what *frame* is to the public."""
     if frame is None:
-        return _OUTSIDE
+        return Context()
     return Context(
         session_id=frame.session_id,
         request_id=frame.request_id,
         user_id=frame.cell.user_id,
         journey_id=frame.journey_id,
-        metadata=frame.metadata,
+        metadata=dict(frame.metadata),
     )

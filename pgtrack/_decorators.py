@@ -3,21 +3,23 @@
 
 A plain function or coroutine function is wrapped in a function of the same kind: it
 binds, pickles, copies and introspects as functions do, and costs least.  Whatever else
-can be called, and generators, whose correlation is that of the call rather than of the
-first step, are wrapped by wrapt, whose proxies show the wrapped object in every respect.
+can be called, and generators, whose correlation is that of the call rather than of
+the first step, are wrapped by wrapt, whose proxies look like what they wrap.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
 import inspect
 import pickle
+import sys
 import time
 import types
 from collections.abc import AsyncGenerator, Callable, Generator
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import attrs
 import wrapt
@@ -32,8 +34,16 @@ if TYPE_CHECKING:
 
 __all__ = ["bind", "journey_step", "observe", "track_api"]
 
-Start = Callable[[], "Activation | None"]
+Start = Callable[[], "Activation | _Under | None"]
 """Begins a run, pushing its frame; None where nothing is to be observed."""
+
+
+class Recipe(Protocol):
+    """Decorates functions; what is pickled in place of a `Start`."""
+
+    def __call__(self, function: F, /) -> F:
+        """Return *function*, decorated."""
+        ...
 
 
 # --- the decorators ---
@@ -55,24 +65,18 @@ class _TrackedCall(ApiCall):
         self._status = status
         super().__init__(client, method, path, component)
 
-    def tell(self, error: BaseException | None, result: object) -> None:
-        """Read the status off the result before telling."""
-        if error is None:
-            self.status_code = self._status_of(result)
-        super().tell(error, result)
-
-    def _status_of(self, result: object) -> Any:
+    def answer(self, result: object) -> Any:
+        """Return the given status, else what the result says, else 200."""
         status = self._status
         if callable(status):
             try:
                 return status(result)
             except Exception:  # noqa: BLE001  the user's function may raise anything
-                self._client.adjust("status_code")
-                return 200
+                return None  # no status, so it is counted
         if status is not None:
             return status
         own = _errors.as_status(_errors.getattr_safely(result, "status_code"))
-        return 200 if own is None else own
+        return self.status_code if own is None else own
 
 
 @overload
@@ -100,8 +104,9 @@ def track_api(
     Emit an `api.response` event for each call of the decorated function.
 
     Works bare and with arguments; on functions, coroutine functions, generators, async
-    generators, methods, class and static methods in either order, and callables.  Results,
-    exceptions and signatures stay what they are, and arguments are never recorded.
+    generators, methods, class and static methods in either order, and callables.
+    Results, exceptions and signatures stay what they are, and arguments are never
+    recorded.
 
     The status is the result's `status_code`, if that is an int in 100 to 599, else 200.
     An exception that carries a status gives that, a cancellation 499, any other 500.
@@ -170,7 +175,7 @@ class _Step(Activation):
         """Emit the step, or the error that kept it from being completed."""
         del result
         duration = time.perf_counter() - self._started
-        if error is not None and not isinstance(error, GeneratorExit):
+        if error is not None:
             if _errors.is_failure(error):
                 self._client.track_error(error, error_component=self._component)
         elif self._journey_id is None:
@@ -191,9 +196,9 @@ def journey_step(
     """
     Emit a `journey.step` event each time the decorated function completes.
 
-    With its duration; a generator completes when it is exhausted or closed.  A call that
-    raises makes an `error` event with the journey's fields, and no step.  Without a journey,
-    given or active, the step is dropped and counted as `no_journey`.
+    With its duration; a generator completes when it is exhausted or closed.  A call
+    that raises makes an `error` event with the journey's fields, and no step.  Without
+    a journey, given or active, the step is dropped and counted as `no_journey`.
 
     Args:
         step_id: The step, such as `payment_confirmed`.
@@ -208,9 +213,10 @@ def journey_step(
         TypeError: If *step_id* is no text, what is decorated cannot be called, or is a
             class.
     """
-    if not isinstance(step_id, str):
+    given: object = step_id
+    if not isinstance(given, str):
         msg = (
-            f"journey_step needs the id of the step (got {type(step_id).__name__}). "
+            f"journey_step needs the id of the step (got {type(given).__name__}). "
             'Use @journey_step("payment_confirmed").'
         )
         raise TypeError(msg)
@@ -240,13 +246,12 @@ class _JourneyStep:
         return observe(function, start, self)
 
 
-class _Bound(Activation):
-    """A run under a frame of the past, whatever the present one is."""
+class _Under:
+    """A run under any frame, that tells nothing; the frame of before comes back."""
 
     __slots__ = ("_before",)
 
     def __init__(self, frame: Frame | None) -> None:
-        super().__init__(None)
         self._before = switch(frame)
 
     def leave(self, error: BaseException | None = None, result: object = None) -> None:
@@ -257,16 +262,20 @@ class _Bound(Activation):
 
 def bind(function: F) -> F:
     """
-    Return *function* so that it runs under the present correlation, wherever it is called.
+    Return *function* so that it runs under the present correlation.
 
-    For threads, executors and callbacks; `identify` inside is seen by the request or session
-    that the function was bound in.  The correlation around the call is left as it was.
+    For threads, executors and callbacks; `identify` inside is seen by the request or
+    session that the function was bound in.  The correlation around the call is left as
+    it was.
 
     Args:
-        function: Anything that can be called.
+        function: Anything that can be called, but for a class.
+
+    Raises:
+        TypeError: If it cannot be called, or is a class.
     """
     frame = current_frame()
-    return observe(function, lambda: _Bound(frame), bind)
+    return observe(function, lambda: _Under(frame), bind)
 
 
 def _name_of(function: Any) -> str:
@@ -276,20 +285,21 @@ def _name_of(function: Any) -> str:
     if not callable(function) or isinstance(function, type):
         kind = "a class" if isinstance(function, type) else type(function).__name__
         msg = (
-            f"only functions, methods and other callables can be decorated (got {kind}). "
-            "Decorate the methods of a class; under @property put the decorator below it."
+            f"what is decorated must be callable, and no class (got {kind}). "
+            "Decorate the methods of a class, and those of a property below @property."
         )
         raise TypeError(msg)
     while isinstance(function, functools.partial):
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    # Methods of built-in types have no module.
+    return ".".join(filter(None, (named.__module__, named.__qualname__)))
 
 
 # --- what they share ---
 
 
-def observe(function: F, start: Start, recipe: Callable[[Any], Any]) -> F:
+def observe(function: F, start: Start, recipe: Recipe) -> F:
     """
     Return *function*, each call of which is a run that *start* begins.
 
@@ -299,29 +309,41 @@ def observe(function: F, start: Start, recipe: Callable[[Any], Any]) -> F:
         start: Called for each call; for generators with the first step, under the frame
             of the call.
 
-        recipe: Decorates another function in the same way; what is pickled in place of
-            *start*.
+        recipe: Decorates another function in the same way.
     """
-    kind: Any = type(function)
+    target: Any = function
+    kind: Any = type(target)
     if kind in (classmethod, staticmethod):
-        inner: Any = function
-        return kind(observe(inner.__func__, start, recipe))  # type: ignore[no-any-return]
-    _name_of(function)
-    if _is_a(function, inspect.isasyncgenfunction):
-        return _Proxy(function, _stepping_async, start, recipe)  # type: ignore[return-value]
-    if _is_a(function, inspect.isgeneratorfunction):
-        return _Proxy(function, _stepping, start, recipe)  # type: ignore[return-value]
-    is_coroutine = _is_a(function, inspect.iscoroutinefunction)
-    make = _awaiting if is_coroutine else _calling
-    if kind is not types.FunctionType:
-        return _Proxy(function, make, start, recipe)  # type: ignore[return-value]
-    wrapper: Any = functools.update_wrapper(make(function, start), function)
-    try:
+        return kind(observe(target.__func__, start, recipe))  # type: ignore[no-any-return]
+    _name_of(target)
+    make = _kind_of(target)
+    if kind is not types.FunctionType or make in (_stepping, _stepping_async):
+        return _Proxy(target, make, start, recipe)  # type: ignore[return-value]
+    made: Any = make(target, start)
+    # In the module of the original, since that is where frameworks resolve hints.
+    wrapper: Any = types.FunctionType(
+        made.__code__, target.__globals__, closure=made.__closure__
+    )
+    functools.update_wrapper(wrapper, target)
+    with contextlib.suppress(TypeError, ValueError, NameError):
         # For those who do not follow `__wrapped__`.
-        wrapper.__signature__ = inspect.signature(function)
-    except (TypeError, ValueError, NameError):
-        pass
+        wrapper.__signature__ = inspect.signature(target)
     return wrapper  # type: ignore[no-any-return]
+
+
+Make = Callable[[Callable[..., Any], Start], Callable[..., Any]]
+"""Wraps a function so that each call is a run; what it makes uses no global names."""
+
+
+def _kind_of(function: Any) -> Make:
+    """Choose the wrapper for what *function* returns."""
+    if _is_a(function, _is_coroutine_function):
+        return _awaiting
+    if _is_a(function, inspect.isasyncgenfunction):
+        return _stepping_async
+    if _is_a(function, inspect.isgeneratorfunction):
+        return _stepping
+    return _calling
 
 
 def _is_a(function: Any, predicate: Callable[[Any], bool]) -> bool:
@@ -333,7 +355,12 @@ def _is_a(function: Any, predicate: Callable[[Any], bool]) -> bool:
     return not inspect.isroutine(function) and predicate(type(function).__call__)
 
 
-Make = Callable[[Callable[..., Any], Start], Callable[..., Any]]
+def _is_coroutine_function(function: Any) -> bool:
+    """Ask for `async def` and for `types.coroutine`, whose generators are awaited."""
+    if inspect.iscoroutinefunction(function):
+        return True
+    code = getattr(function, "__code__", None)
+    return bool(getattr(code, "co_flags", 0) & inspect.CO_ITERABLE_COROUTINE)
 
 
 def _calling(function: Callable[..., Any], start: Start) -> Callable[..., Any]:
@@ -401,24 +428,29 @@ def _steps(
     """
     outside = current_frame()
     switch(outside if frame is None else frame)
-    run = start() or Activation(None)
+    run = start() or _Under(current_frame())
     advance: Callable[[Any], Any] = inner.send
     value: Any = None
     while True:
         try:
-            item = advance(value)
+            item = [advance(value)]
         except StopIteration as stop:
             run.leave(None, stop.value)
             switch(outside)
             return stop.value
+        except GeneratorExit:  # closed, which completes it
+            run.leave()
+            switch(outside)
+            raise
         except BaseException as error:
             value = None  # it may be the error itself, and this frame in its traceback
             run.leave(error)
             switch(outside)
             raise
         frame = switch(outside)
+        value = None
         try:
-            value = yield item
+            value = yield item.pop()  # nothing here holds on to what the consumer has
             advance = inner.send
         except BaseException as error:  # noqa: BLE001  thrown in by the consumer
             value, advance = error, inner.throw
@@ -431,68 +463,84 @@ async def _steps_async(
     """Run an async generator as `_steps` runs a generator."""
     outside = current_frame()
     switch(outside if frame is None else frame)
-    run = start() or Activation(None)
-    advance: Callable[[Any], Any] = inner.asend
+    run = start() or _Under(current_frame())
+    advance: Callable[[Any], Any] = functools.partial(_unattended, inner.asend)
     value: Any = None
     while True:
         try:
-            item = await advance(value)
+            item = [await advance(value)]
         except StopAsyncIteration:
             run.leave()
             switch(outside)
             return
+        except GeneratorExit:
+            run.leave()
+            switch(outside)
+            raise
         except BaseException as error:
             value = None
             run.leave(error)
             switch(outside)
             raise
         frame = switch(outside)
+        value = None
         try:
-            value = yield item
+            value = yield item.pop()
             advance = inner.asend
         except BaseException as error:  # noqa: BLE001  thrown in by the consumer
             value, advance = error, inner.athrow
         outside = switch(frame)
 
 
-class _Picklable:
-    """What wrapt's proxies refuse to do by themselves: pickle and copy."""
+def _unattended(asend: Callable[[Any], Any], value: Any) -> Any:
+    """
+    Take the first step of an async generator without the event loop's knowledge.
 
-    def __reduce__(self) -> Any:
-        return self.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
-
-    def __copy__(self) -> Any:
-        return self._rebuilt(copy.copy)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self._rebuilt(lambda part: copy.deepcopy(part, memo))
-
-    def _rebuilt(self, copied: Callable[[Any], Any]) -> Any:
-        raise NotImplementedError
+    The loop attends to the outer generator alone.  Of two that it closed at once, one
+    would find the other already running.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, lambda _: None)
+    try:
+        return asend(value)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
 
 
-class _BoundProxy(_Picklable, wrapt.BoundFunctionWrapper):  # type: ignore[misc, unused-ignore]
+class _BoundProxy(wrapt.BoundFunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
     """A method of a decorated function, bound by access on an instance or a class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         owner = self._self_instance
         if owner is None:
-            return _by_name(self)
+            where = self.__module__, self.__qualname__
+            _find(*where)  # raises now rather than when it is unpickled
+            return _find, where
         return getattr, (owner, self.__name__)
 
-    def _rebuilt(self, copied: Callable[[Any], Any]) -> Any:
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         owner = self._self_instance
-        return self if owner is None else getattr(copied(owner), self.__name__)
+        if owner is None:
+            return self
+        return getattr(copy.deepcopy(owner, memo), self.__name__)
 
 
-class _Proxy(_Picklable, wrapt.FunctionWrapper):  # type: ignore[misc, unused-ignore]
-    """A decorated callable that is shown as what it wraps."""
+class _Proxy(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
+    """
+    A decorated callable that is shown as what it wraps.
+
+    It pickles and copies as that does, too: by name if that leads to it, else anew.
+    """
 
     __bound_function_wrapper__ = _BoundProxy
 
-    def __init__(
-        self, wrapped: Any, make: Make, start: Start, recipe: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, wrapped: Any, make: Make, start: Start, recipe: Recipe) -> None:
         def call(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
             del instance
             return make(wrapped, start)(*args, **kwargs)
@@ -501,25 +549,27 @@ class _Proxy(_Picklable, wrapt.FunctionWrapper):  # type: ignore[misc, unused-ig
         self._self_recipe = recipe
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if inspect.isroutine(self.__wrapped__):
-            return _by_name(self)
+        try:
+            if _find(self.__module__, self.__qualname__) is self:
+                return self.__qualname__
+        except (AttributeError, ImportError):
+            pass
         return self._self_recipe, (self.__wrapped__,)
 
-    def _rebuilt(self, copied: Callable[[Any], Any]) -> Any:
-        if inspect.isroutine(self.__wrapped__):
-            return self  # as functions are
-        return self._self_recipe(copied(self.__wrapped__))
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
 
+    def __copy__(self) -> Any:
+        return self._around(copy.copy(self.__wrapped__))
 
-def _by_name(function: Any) -> Any:
-    """Reduce a function to its module and qualified name."""
-    module, name = function.__module__, function.__qualname__
-    if "<locals>" in name or "<lambda>" in name:
-        msg = f"cannot pickle the local function {module}.{name}"
-        raise pickle.PicklingError(msg)
-    return _find, (module, name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self._around(copy.deepcopy(self.__wrapped__, memo))
+
+    def _around(self, wrapped: Any) -> Any:
+        # Functions are not copied.
+        return self if wrapped is self.__wrapped__ else self._self_recipe(wrapped)
 
 
 def _find(module: str, name: str) -> Any:
-    """Return what `_by_name` reduced."""
+    """Return what is known by this module and qualified name."""
     return functools.reduce(getattr, name.split("."), importlib.import_module(module))

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from pgtrack._snapshot import MARGIN, MAX_TEXT
 
-__all__ = ["ErrorFields", "describe", "is_first_time", "is_failure", "status_of"]
+__all__ = ["ErrorFields", "describe", "is_failure", "is_first_time", "status_of"]
 
 CANCELLED = 499
 """The status of a call that was cancelled (nginx's "client closed request")."""
@@ -33,12 +33,12 @@ def is_failure(error: BaseException) -> bool:
 
     `GeneratorExit`, `KeyboardInterrupt`, `SystemExit` and every library's cancellation
     are how a program ends or changes its mind.  None of them is an `Exception`, except
-    for the cancellation of `concurrent.futures`.
+    for the cancellation of `concurrent.futures`.  A group of them may hold failures.
     """
-    if not isinstance(error, Exception):
-        return False
-    futures = sys.modules.get("concurrent.futures")
-    return futures is None or not isinstance(error, futures.CancelledError)
+    if isinstance(error, Exception):
+        return not _is_a(error, "concurrent.futures", "CancelledError")
+    parts = getattr_safely(error, "exceptions")
+    return isinstance(parts, tuple) and any(map(is_failure, parts))
 
 
 def status_of(error: BaseException) -> int:
@@ -84,14 +84,18 @@ def getattr_safely(value: object, name: str) -> object:
 
 
 def _werkzeug_status(error: BaseException) -> int | None:
-    exceptions = sys.modules.get("werkzeug.exceptions")
-    if exceptions is None or not isinstance(error, exceptions.HTTPException):
+    if not _is_a(error, "werkzeug.exceptions", "HTTPException"):
         return None
     status = as_status(getattr_safely(error, "code"))
     if status is None:  # abort(response)
         response = getattr_safely(error, "response")
         status = as_status(getattr_safely(response, "status_code"))
     return status
+
+
+def _is_a(error: BaseException, module: str, name: str) -> bool:
+    """Ask for a class that cannot be met before somebody else imported its module."""
+    return isinstance(error, getattr(sys.modules.get(module), name, ()))
 
 
 def describe(error: BaseException, *, with_stack: bool) -> ErrorFields:
@@ -125,7 +129,7 @@ def _stack(error: BaseException) -> str:
     return "".join(lines)[-MAX_TEXT:]
 
 
-_told: dict[int, tuple[weakref.ref[BaseException], frozenset[str]]] = {}
+_told: dict[int, tuple[weakref.ref[BaseException], dict[str, object]]] = {}
 _MARK = "__pgtrack_sessions__"
 
 
@@ -134,16 +138,15 @@ def is_first_time(error: BaseException, session_id: str) -> bool:
     Return whether *error* is new to the session, and remember that it was told.
 
     An exception passes through many blocks on its way up; it is one error.  Classes of
-    exceptions can be referred to weakly, except for the built-in ones; those
-    carry a mark in their `__dict__`, which they have no other use for.
+    exceptions can be referred to weakly, except for the built-in ones; those carry a
+    mark in their `__dict__`, which they have no other use for.  Of several threads with
+    the same exception one is the first: `setdefault` is a single call into C.
     """
     key = id(error)
     try:
         reference = weakref.ref(error, lambda _: _told.pop(key, None))
+        sessions = _told.setdefault(key, (reference, {}))[1]
     except TypeError:
-        known = frozenset(error.__dict__.get(_MARK, ()))
-        error.__dict__[_MARK] = tuple(known | {session_id})
-    else:
-        known = _told.get(key, (None, frozenset[str]()))[1]
-        _told[key] = (reference, known | {session_id})
-    return session_id not in known
+        sessions = error.__dict__.setdefault(_MARK, {})
+    mine = object()
+    return sessions.setdefault(session_id, mine) is mine

@@ -12,18 +12,21 @@ answered with an error, and neither echoed nor logged.
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import attrs
 
 from pgtrack._context import (
     Frame,
     SessionIdFormat,
+    is_journey_id,
     is_request_id,
     is_session_id,
     is_user_id,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = ["Headers", "Incoming", "extract", "inject"]
 
@@ -32,18 +35,27 @@ REQUEST_HEADER = "X-Request-ID"
 USER_HEADER = "X-User-ID"
 JOURNEY_HEADER = "X-Journey-ID"
 
-MAX_JOURNEY_ID = 255
-
 HeaderText: TypeAlias = "str | bytes"
-Headers: TypeAlias = (
-    "Mapping[str, str] | Mapping[str, HeaderText] | Mapping[bytes, bytes] "
-    "| Iterable[tuple[HeaderText, HeaderText]]"
-)
-"""A mapping or pairs; names in any case, as text or Latin-1 bytes."""
 
-_NAMES = {
-    name.lower(): name
-    for name in (SESSION_HEADER, REQUEST_HEADER, USER_HEADER, JOURNEY_HEADER)
+
+class HasItems(Protocol):
+    """A mapping, and what is nearly one, such as `http.client.HTTPMessage`."""
+
+    def items(self) -> Iterable[tuple[HeaderText, object]]:
+        """Return the pairs."""
+        ...
+
+
+Headers: TypeAlias = "HasItems | Iterable[tuple[HeaderText, object]] | None"
+"""A mapping or pairs; names in any case, as text or Latin-1 bytes; None is empty."""
+
+Field: TypeAlias = Literal["session_id", "request_id", "user_id", "journey_id"]
+
+_FIELDS: Mapping[str, Field] = {
+    SESSION_HEADER.lower(): "session_id",
+    REQUEST_HEADER.lower(): "request_id",
+    USER_HEADER.lower(): "user_id",
+    JOURNEY_HEADER.lower(): "journey_id",
 }
 
 
@@ -60,7 +72,7 @@ class Incoming:
     request_id: str | None = None
     user_id: str | None = None
     journey_id: str | None = None
-    refused: tuple[str, ...] = ()
+    refused: tuple[Field, ...] = ()
 
 
 def extract(
@@ -79,41 +91,31 @@ def extract(
 
         is_trusted: Whether the user and the journey are read as well.
     """
-    found = _find(headers)
-    values: dict[str, str] = {}
-    refused: list[str] = []
-
-    def accept(field: str, header: str, *, is_valid: bool, value: str) -> None:
-        if is_valid:
-            values[field] = value
-        elif header in found:
-            refused.append(field)
-
-    session = found.get(SESSION_HEADER, "")
-    is_session = is_session_id(session, session_id_format)
-    accept("session_id", SESSION_HEADER, is_valid=is_session, value=session)
-    request = found.get(REQUEST_HEADER, "")
-    is_request = is_request_id(request)
-    accept("request_id", REQUEST_HEADER, is_valid=is_request, value=request)
+    checks: dict[Field, Callable[[str], bool]] = {
+        "session_id": lambda value: is_session_id(value, session_id_format),
+        "request_id": is_request_id,
+    }
     if is_trusted:
-        user = found.get(USER_HEADER, "")
-        accept("user_id", USER_HEADER, is_valid=is_user_id(user), value=user)
-        journey = urllib.parse.unquote(found.get(JOURNEY_HEADER, ""))
-        is_journey = 0 < len(journey) <= MAX_JOURNEY_ID and journey.isprintable()
-        accept("journey_id", JOURNEY_HEADER, is_valid=is_journey, value=journey)
-    return Incoming(**values, refused=tuple(refused))  # type: ignore[arg-type]
+        checks |= {"user_id": is_user_id, "journey_id": is_journey_id}
+    found = _find(headers)
+    came = {field: found[field] for field in checks if field in found}
+    taken = {field: value for field, value in came.items() if checks[field](value)}
+    refused = tuple(field for field in came if field not in taken)
+    return Incoming(**taken, refused=refused)
 
 
-def _find(headers: Headers) -> dict[str, str]:
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, value = (_text(part) for part in pair)
-        if name is None or value is None:
-            continue
-        header = _NAMES.get(name.lower())
-        if header is not None:
-            found.setdefault(header, value.strip(" \t"))
+def _find(headers: Headers) -> dict[Field, str]:
+    """Return the values by field, as they came."""
+    items = getattr(headers, "items", None)
+    pairs: Any = headers or () if items is None else items()
+    found: dict[Field, str] = {}
+    for name, value in pairs:
+        field = _FIELDS.get((_text(name) or "").lower())
+        text = _text(value)
+        if field is not None and text is not None:
+            found.setdefault(field, text.strip(" \t"))
+    if "journey_id" in found:
+        found["journey_id"] = urllib.parse.unquote(found["journey_id"])
     return found
 
 
@@ -139,6 +141,6 @@ def inject(frame: Frame | None, *, is_trusted: bool = False) -> dict[str, str]:
     if is_trusted:
         if frame.cell.user_id is not None:
             headers[USER_HEADER] = frame.cell.user_id
-        if frame.journey_id is not None:
-            headers[JOURNEY_HEADER] = urllib.parse.quote(frame.journey_id, safe="")
+        if is_journey_id(frame.journey_id):
+            headers[JOURNEY_HEADER] = urllib.parse.quote(str(frame.journey_id), safe="")
     return headers
