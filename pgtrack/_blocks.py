@@ -277,7 +277,8 @@ class continued_from(Block[SessionRun]):  # noqa: N801  a verb, used as `with ..
             Values that do not fit their grammar are as good as absent, and counted.
 
         trusted: Whether outsiders cannot write these headers: `X-User-ID` and
-            `X-Journey-ID` are then read as well.
+            `X-Journey-ID` are then read as well.  With the setting `trust_user_header`
+            `X-User-ID` always is.
 
         client: Instead of the default client, for the counts and the format of ids.
     """
@@ -297,9 +298,21 @@ class continued_from(Block[SessionRun]):  # noqa: N801  a verb, used as `with ..
         """Read the headers and begin the session."""
         client = self.client
         format = client.config.session_id_format  # noqa: A001
-        incoming = _propagation.extract(
-            self._headers, session_id_format=format, is_trusted=self._is_trusted
-        )
+        try:
+            incoming = _propagation.extract(
+                self._headers,
+                session_id_format=format,
+                is_trusted=self._is_trusted,
+                is_user_trusted=client.config.trust_user_header,
+            )
+        except Exception as error:  # noqa: BLE001  what is no headers may raise anything
+            kind = type(self._headers).__name__
+            _diagnostics.note(
+                "headers",
+                "continued_from() needs a mapping or pairs of header names and values "
+                f"(got {kind}, which raised {type(error).__name__}): a new session it is.",
+            )
+            incoming = _propagation.Incoming()
         for field in incoming.refused:
             client.adjust(field)
         session_id = incoming.session_id or new_session_id("srv-", format)

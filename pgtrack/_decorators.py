@@ -188,7 +188,7 @@ class _Step(Activation):
 
 def journey_step(
     step_id: str,
-    name: str | None = None,
+    step_name: str | None = None,
     *,
     journey: str | None = None,
     client: Client | None = None,
@@ -203,7 +203,7 @@ def journey_step(
     Args:
         step_id: The step, such as `payment_confirmed`.
 
-        name: The step as people call it.
+        step_name: The step as people call it.
 
         journey: The journey; by default that of the enclosing `with journey(...)`.
 
@@ -221,7 +221,7 @@ def journey_step(
         )
         raise TypeError(msg)
 
-    return _JourneyStep(step_id, name, journey, client)
+    return _JourneyStep(step_id, step_name, journey, client)
 
 
 @attrs.frozen
@@ -229,13 +229,13 @@ class _JourneyStep:
     """What `journey_step` was given; decorates, and can be pickled."""
 
     step_id: str
-    name: str | None
+    step_name: str | None
     journey: str | None
     client: Client | None
 
     def __call__(self, function: F) -> F:
         component = _name_of(function)
-        step = (self.step_id, self.name)
+        step = (self.step_id, self.step_name)
 
         def start() -> _Step | None:
             client = default_client() if self.client is None else self.client

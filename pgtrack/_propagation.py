@@ -80,6 +80,7 @@ def extract(
     *,
     session_id_format: SessionIdFormat = "token",
     is_trusted: bool = False,
+    is_user_trusted: bool = False,
 ) -> Incoming:
     """
     Read the correlation off *headers*; of two with the same name the first counts.
@@ -90,13 +91,17 @@ def extract(
         session_id_format: The grammar of session ids.
 
         is_trusted: Whether the user and the journey are read as well.
+
+        is_user_trusted: Whether the user is, at least.
     """
     checks: dict[Field, Callable[[str], bool]] = {
         "session_id": lambda value: is_session_id(value, session_id_format),
         "request_id": is_request_id,
     }
+    if is_trusted or is_user_trusted:
+        checks["user_id"] = is_user_id
     if is_trusted:
-        checks |= {"user_id": is_user_id, "journey_id": is_journey_id}
+        checks["journey_id"] = is_journey_id
     found = _find(headers)
     came = {field: found[field] for field in checks if field in found}
     taken = {field: value for field, value in came.items() if checks[field](value)}

@@ -296,3 +296,30 @@ class TestContinuedFrom:
         assert counted == dict.fromkeys(
             ["session_id", "request_id", "user_id", "journey_id"], 1
         )
+
+
+class TestTrustUserHeader:
+    def test_setting(self) -> None:
+        """With `trust_user_header` the user is read, and still no journey."""
+        with capture(trust_user_header=True), pgtrack.continued_from(ALL):
+            context = pgtrack.current()
+
+        assert (context.user_id, context.journey_id) == ("u1", None)
+
+    def test_default(self) -> None:
+        """Without it anybody could write the header, so nobody is believed."""
+        with capture(), pgtrack.continued_from(ALL):
+            context = pgtrack.current()
+
+        assert context.user_id is None
+
+
+@pytest.mark.parametrize("headers", [7, [1, 2], [("one",)], object()])
+def test_what_is_no_headers(headers: Any) -> None:
+    """What is no mapping and no pairs makes a session of its own, and raises nothing."""
+    with capture() as events, pgtrack.continued_from(headers):
+        pgtrack.emit("custom")
+
+    (event,) = events
+
+    assert str(event.session_id).startswith("srv-")
