@@ -8,14 +8,14 @@ or imported before `configure` works after it.
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING
 
 from pgtrack import _context, _diagnostics, _propagation
-from pgtrack._client import Client, in_thread
+from pgtrack._client import Client, in_thread, spells_out
 from pgtrack._clock import SYSTEM_CLOCK
 from pgtrack._config import Config
-from pgtrack._context import Context
 from pgtrack._ledger import Stats
 from pgtrack.exceptions import ConfigError
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from pgtrack._config import ConfigOptions
-    from pgtrack._event import EventFields
+    from pgtrack._context import Context
+    from pgtrack._event import EventFields, StepFields
     from pgtrack.typing import EventType
 
 __all__ = [
@@ -44,8 +45,11 @@ __all__ = [
 
 _client: Client | None = None
 _retired: list[Client] = []
+_past = Stats()
+"""What retired clients that have ended leave behind."""
+
 _configuring = threading.RLock()
-"""Held while the default client is replaced, which no verb but `configure` waits for."""
+"""Held while the default client is replaced; nothing that takes time is done in it."""
 
 
 def default_client() -> Client:
@@ -57,21 +61,22 @@ def default_client() -> Client:
 def _from_environment() -> Client:
     """Make the default client of the environment; a wrong variable disables it."""
     global _client  # noqa: PLW0603  the one default client
+    try:
+        config = Config.from_env()
+    except ConfigError as error:
+        _diagnostics.note("configuration", f"pgtrack is disabled: {error}", 40)
+        _diagnostics.tell()
+        config = Config.disabled()
+    client = Client(config)
     with _configuring:
         if _client is None:
-            try:
-                config = Config.from_env()
-            except ConfigError as error:
-                _diagnostics.note("configuration", f"pgtrack is disabled: {error}", 40)
-                _diagnostics.tell()
-                config = Config.disabled()
-            _client = Client(config)
+            _client = client
         return _client
 
 
 def swap_default(client: Client | None) -> Client | None:
     """Make *client* the default and return what was; for `pgtrack.testing`."""
-    global _client  # noqa: PLW0603  the one default client
+    global _client
     with _configuring:
         before, _client = _client, client
         return before
@@ -91,25 +96,34 @@ def configure(**options: Unpack[ConfigOptions]) -> Client:
     Raises:
         ConfigError: If a setting is wrong.  The present client is then kept.
     """
+    global _client, _past  # noqa: PLW0603  the one default client
+    before = _client
+    if before is not None and before.is_pinned:
+        Config.isolated(**options)  # a wrong setting is told all the same
+        return before
+    config = Config(**options)
     with _configuring:
-        config = Config(**options)
         before = _client
         if before is not None and before.config == config and not before.is_closed:
             return before
-        client = Client(config)
-        swap_default(client)
-        _retired[:] = [old for old in _retired if not old.is_closed]
+        _client = client = Client(config)
+        for old in [old for old in _retired if old.has_ended]:
+            _retired.remove(old)
+            _past += old.stats()
         if before is not None and before.is_enabled:
-            before.retire()
             _retired.append(before)
-        return client
+    if before is not None:
+        before.retire()
+    return client
 
 
+@spells_out
 def emit(event_type: EventType | str, /, **fields: Unpack[EventFields]) -> bool:
     """Emit one event by the default client; see `Client.emit`."""
     return default_client().emit(event_type, **fields)
 
 
+@spells_out
 def track_api_call(
     method: str,
     path: str,
@@ -120,51 +134,51 @@ def track_api_call(
 ) -> bool:
     """Emit an `api.response` event; *duration* is seconds.  See `Client`."""
     client = default_client()
-    return client.track_api_call(
-        method, path, status_code, duration=duration, **fields
-    )
+    return client.track_api_call(method, path, status_code, duration=duration, **fields)
 
 
+@spells_out
 def track_error(
     error: BaseException | str,
     message: str | None = None,
     /,
     **fields: Unpack[EventFields],
 ) -> bool:
-    """Emit an `error` event of an exception, or of a type and a message.  See `Client`."""
+    """Emit an `error` event of an exception, or of a type and message; see `Client`."""
     return default_client().track_error(error, message, **fields)
 
 
+@spells_out
 def track_journey_step(
     journey_id: str,
     step_id: str,
     step_name: str | None = None,
-    **fields: Unpack[EventFields],
+    **fields: Unpack[StepFields],
 ) -> bool:
     """Emit a `journey.step` event for a step that was completed.  See `Client`."""
     client = default_client()
     return client.track_journey_step(journey_id, step_id, step_name, **fields)
 
 
-def identify(user_id: str | None) -> None:
+def identify(user_id: str | int | None) -> None:
     """
     Name the user of the running request or session; None forgets.
 
     All blocks, threads and tasks of the same request or session see it, and the
-    request's own event too, whenever it is called.  Outside of any unit of work there is
-    nobody it could be kept for without being seen by the next one: it has no effect, and
-    the log says so.
+    request's own event too, whenever it is called.  Outside of any unit of work there
+    is nobody it could be kept for without being seen by the next one: it has no effect,
+    and the log says so.
 
     Args:
-        user_id: 1 to 255 visible ASCII characters; anything else is counted in
-            `stats().adjusted["user_id"]`, and the user stays as it was.
+        user_id: 1 to 255 visible ASCII characters, or an integer or UUID; anything else
+            is counted in `stats().adjusted["user_id"]`, and the user stays as it was.
     """
     frame = _context.current_frame()
     if frame is None:
         _diagnostics.note(
             "identify",
-            "pgtrack.identify() was called outside of any session or request, and has no "
-            "effect there. Call it inside of `with pgtrack.session(...)` or a request.",
+            "pgtrack.identify() was called outside of any session or request, and has "
+            "no effect there. Call it inside `with pgtrack.session(...)` or a request.",
         )
     elif user_id is None:
         frame.cell.user_id = None
@@ -196,10 +210,11 @@ def propagation_headers(trusted: bool = False) -> dict[str, str]:  # noqa: FBT00
 
 def stats() -> Stats:
     """Return the ledger of the default client, and of those it took over from."""
-    total = Stats()
-    for client in (*_retired, default_client()):
-        total += client.stats()
-    return total
+    with _configuring:
+        total = _past
+        for client in (*_retired, default_client()):
+            total += client.stats()
+        return total
 
 
 def flush(timeout: float = 5.0) -> bool:
@@ -214,12 +229,12 @@ def shutdown(timeout: float = 5.0) -> bool:
     return _each("close", timeout)
 
 
-async def aflush(timeout: float = 5.0) -> bool:  # noqa: ASYNC109
+async def aflush(timeout: float = 5.0) -> bool:
     """Do what `flush` does without holding up the event loop."""
     return await in_thread(flush, timeout)
 
 
-async def ashutdown(timeout: float = 5.0) -> bool:  # noqa: ASYNC109
+async def ashutdown(timeout: float = 5.0) -> bool:
     """Do what `shutdown` does without holding up the event loop."""
     return await in_thread(shutdown, timeout)
 
@@ -231,3 +246,14 @@ def _each(verb: str, timeout: float) -> bool:
         left = max(deadline - SYSTEM_CLOCK.monotonic(), 0.0)
         is_done = getattr(client, verb)(left) and is_done
     return is_done
+
+
+def _after_fork_in_child() -> None:
+    """Start with a free lock, whoever held it, and an empty ledger."""
+    global _configuring, _past  # noqa: PLW0603  a lock cannot be released for the dead
+    _configuring = threading.RLock()
+    _past = Stats()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

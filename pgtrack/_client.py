@@ -8,39 +8,73 @@ handler, a finaliser or a log handler may call it in the middle of itself.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pgtrack import _diagnostics, _errors, _process
 from pgtrack._clock import SYSTEM_CLOCK
+from pgtrack._console import ConsoleTransport
 from pgtrack._context import (
     Frame,
     current_frame,
-    is_request_id,
     is_session_id,
-    is_user_id,
     process_session_id,
 )
-from pgtrack._event import KEYWORDS, EventFields
+from pgtrack._event import KEYWORDS, EventFields, StepFields
+from pgtrack._file import FileTransport
+from pgtrack._keys import KeyRule
 from pgtrack._ledger import AdjustedReason, DropReason, Ledger, Stats
 from pgtrack._limits import RateLimit, is_sampled
-from pgtrack._local import ConsoleTransport, FileTransport
-from pgtrack._record import RECORD_SIZE, Encoder, Record, take_field, take_time
-from pgtrack._redaction import KeyRule
+from pgtrack._record import (
+    RECORD_SIZE,
+    Encoder,
+    Record,
+    take_field,
+    take_id,
+    take_metadata,
+    take_time,
+    take_type,
+)
 from pgtrack._retry import RetryPolicy
-from pgtrack._snapshot import snapshot
 from pgtrack._transport import HttpTransport
 from pgtrack._worker import Worker
-from pgtrack._config import Config
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import TypeGuard
+
     from typing_extensions import Self, Unpack
 
+    from pgtrack._config import Config
     from pgtrack.typing import Clock, EventType, IdFactory, Transport
 
-__all__ = ["Client", "Sink"]
+__all__ = ["Client", "Sink", "in_thread", "spells_out"]
+
+
+F = TypeVar("F", bound="Callable[..., bool]")
+
+_FIELDS = [
+    inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=getattr(annotation, "__forward_arg__", annotation),
+    )
+    for name, annotation in EventFields.__annotations__.items()
+]
+
+
+def spells_out(verb: F) -> F:
+    """Let `help` and `inspect.signature` show the fields that `**fields` stands for."""
+    signature = inspect.signature(verb)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    fields = [p for p in _FIELDS if p.name not in signature.parameters]
+    shown = signature.replace(parameters=[*own, *fields])
+    verb.__signature__ = shown  # type: ignore[attr-defined]
+    return verb
 
 
 class Sink(Protocol):
@@ -62,10 +96,6 @@ class Sink(Protocol):
         """Take no more, and see to what is left in the background."""
         ...
 
-    def start_over(self) -> None:
-        """Forget what is the parent's, in a forked child."""
-        ...
-
 
 def transport_of(config: Config) -> Transport:
     """Return the transport for the endpoint of *config*."""
@@ -82,8 +112,8 @@ class Client:
     """
     Sends events to one endpoint.
 
-    Safe to use from any thread, task, signal handler or finaliser, and across forks:
-    a child starts with an empty queue and ledger.  Leaving `with Client(...)` closes it.
+    Safe to use from any thread, task, signal handler or finaliser, and across forks: a
+    child starts with an empty queue and ledger.  Leaving `with Client(...)` closes it.
 
     Args:
         config: The settings; a disabled config makes a client that does nothing.
@@ -95,6 +125,9 @@ class Client:
 
         ids: Makes event ids, instead of random UUIDs.
     """
+
+    is_pinned = False
+    """Whether `configure` leaves the client in its place."""
 
     def __init__(
         self,
@@ -108,7 +141,6 @@ class Client:
         self._clock = SYSTEM_CLOCK if clock is None else clock
         self._ledger = Ledger()
         self._rule = KeyRule(config.redact_keys)
-        self._session_id_format = config.session_id_format
         self._sample_rate = config.sample_rate
         self._rate_limit = (
             None
@@ -131,9 +163,8 @@ class Client:
             ledger=self._ledger,
             policy=RetryPolicy(),
             clock=self._clock,
-            on_start=_process.adopt_child,
         )
-        _process.adopt(self)
+        _process.adopt(worker, self.config)
         return worker
 
     @property
@@ -147,6 +178,7 @@ class Client:
 
     # --- the verbs ---
 
+    @spells_out
     def emit(
         self, event_type: EventType | str, /, **fields: Unpack[EventFields]
     ) -> bool:
@@ -169,15 +201,17 @@ class Client:
             TypeError: If a keyword is not a field.
         """
         if not fields.keys() <= KEYWORDS:
-            _refuse_keywords(fields.keys() - KEYWORDS)
+            _refuse_unknown("emit", fields)
         sink = self._sink
         if sink is None:
             return False
         self._ledger.emitted.add(1)
         try:
             record = self._record(event_type, fields)  # type: ignore[arg-type]
-        except Exception as error:  # noqa: BLE001  the host must not see our errors
+        except BaseException as error:
             self._ledger.drop("internal_error")
+            if not isinstance(error, Exception):  # the host's, such as Ctrl-C
+                raise
             _diagnostics.internal_error(error)
             return False
         if isinstance(record, str):
@@ -192,76 +226,72 @@ class Client:
         frame = current_frame()
         if frame is not None and frame.is_suppressed:
             return "suppressed"
-        kind = event_type
-        if type(kind) is not str:
-            kind = snapshot(kind, self._rule).value
-        if not isinstance(kind, str) or not kind:
+        kind = take_type(event_type, self._rule)
+        if kind is None:
             return "invalid_event_type"
-        now = self._clock.time_ns()
         session_id = self._session_id(fields.pop("session_id", None), frame)
         if session_id is None:
             return "no_session"
         is_error = kind == "error"
-        if self._sample_rate < 1.0 and not is_error:
-            if not is_sampled(session_id, self._sample_rate):
-                return "sampled"
-        if self._rate_limit is not None and frame is not None and frame.is_remote:
-            if not self._rate_limit.allows(session_id, self._clock.monotonic()):
-                return "rate_limited"
-        request_id, inherited = self._correlate(fields, frame, session_id, is_error)
+        reason = self._limited(session_id, frame, is_error=is_error)
+        if reason is not None:
+            return reason
+        now = self._clock.time_ns()
         moment = fields.pop("timestamp", None)
         if moment is not None:
             now = take_time(moment, now, self._ledger)
-        size = RECORD_SIZE
-        metadata = fields.pop("metadata", None)
-        if metadata is not None:
-            metadata, taken = self._metadata(metadata)
-            size += taken
-        for name, value in fields.items():
-            if value is not None:
-                fields[name], taken = take_field(name, value, self._rule, self._ledger)
-                size += taken
-        return now, kind, session_id, request_id, inherited, fields, metadata, size
-
-    def _session_id(self, given: object, frame: Frame | None) -> str | None:
-        if given is not None:
-            if is_session_id(given):
-                return str(given)
-            self._ledger.adjust("session_id")
-        if frame is not None and frame.session_id is not None:
-            return frame.session_id
-        return process_session_id() if self.config.default_session else None
-
-    def _correlate(
-        self,
-        fields: dict[str, Any],
-        frame: Frame | None,
-        session_id: str,
-        is_error: bool,  # noqa: FBT001
-    ) -> tuple[str | None, Any]:
-        """Fill in what the frame knows; return the request and inherited metadata."""
-        user_id = fields.pop("user_id", None)
-        if user_id is not None:
-            user_id = self.checked_user_id(user_id)
         request_id = fields.pop("request_id", None)
-        if request_id is not None and not is_request_id(request_id):
-            self._ledger.adjust("request_id")
-            request_id = None
+        if request_id is not None:
+            request_id = take_id("request_id", request_id, self._ledger)
+        metadata = fields.pop("metadata", None)
+        size = RECORD_SIZE
+        if metadata is not None:
+            metadata, taken = take_metadata(metadata, self._rule, self._ledger)
+            size += taken
+        size += self._take_fields(fields)
         inherited: Any = {}
         if frame is not None:
             request_id = request_id or frame.request_id
             inherited = self._inherited(frame)
-            # User and journey belong to the session, and do not go with another.
-            if session_id == frame.session_id or frame.session_id is None:
-                user_id = user_id or frame.cell.user_id
-                if fields.get("journey_id") is None and frame.journey_id is not None:
-                    fields["journey_id"] = frame.journey_id
-                    if is_error and frame.step is not None:
-                        fields.setdefault("journey_step_id", frame.step[0])
-                        fields.setdefault("journey_step_name", frame.step[1])
-        if user_id is not None:
-            fields["user_id"] = user_id
-        return request_id, inherited
+            _correlate(fields, frame, session_id, is_error=is_error)
+        return now, kind, session_id, request_id, inherited, fields, metadata, size
+
+    def _take_fields(self, fields: dict[str, Any]) -> int:
+        """Put what the wire can carry in the place of each value; return the size."""
+        size = 0
+        for name, value in fields.items():
+            if value is not None:
+                fields[name], taken = take_field(name, value, self._rule, self._ledger)
+                size += taken
+        return size
+
+    def _limited(
+        self, session_id: str, frame: Frame | None, *, is_error: bool
+    ) -> DropReason | None:
+        """Return why the event is one too many, if it is."""
+        rate = self._sample_rate
+        if rate < 1.0 and not is_error and not is_sampled(session_id, rate):
+            return "sampled"
+        limit = self._rate_limit
+        if limit is None or frame is None or not frame.is_remote:
+            return None
+        if session_id != frame.session_id:
+            return None
+        now = self._clock.monotonic()
+        return None if limit.allows(session_id, now) else "rate_limited"
+
+    def _session_id(self, given: object, frame: Frame | None) -> str | None:
+        """Return the session of an event; a wrong one that was *given* is counted."""
+        if given is not None:
+            session_id = self.checked_session_id(given)
+            if session_id is not None:
+                return session_id
+        return self._present_session(frame)
+
+    def _present_session(self, frame: Frame | None) -> str | None:
+        if frame is not None and frame.session_id is not None:
+            return frame.session_id
+        return process_session_id() if self.config.default_session else None
 
     def _inherited(self, frame: Frame) -> Any:
         """Return the frame's metadata, redacted by this client's rule, once a frame."""
@@ -269,28 +299,24 @@ class Client:
             return frame.metadata
         redacted = frame.redacted.get(self._rule)
         if redacted is None:
-            redacted = snapshot(frame.metadata, self._rule).value
+            redacted, _ = take_metadata(frame.metadata, self._rule, self._ledger)
             frame.redacted[self._rule] = redacted
         return redacted
 
-    def _metadata(self, given: object) -> tuple[dict[str, Any], int]:
-        taken = snapshot(given, self._rule)
-        if taken.is_lossy:
-            self._ledger.adjust("metadata")
-        value = taken.value
-        if not isinstance(value, dict):
-            self._ledger.adjust("metadata")
-            value = {"value": value}
-        return value, taken.size
+    def checked_session_id(self, given: object) -> str | None:
+        """Return *given* as a session id; None, counted, if it cannot be one."""
+        session_id = take_id("session_id", given, self._ledger)
+        format = self.config.session_id_format  # noqa: A001
+        if session_id is None or is_session_id(session_id, format):
+            return session_id
+        self._ledger.adjust("session_id")
+        return None
 
     def checked_user_id(self, given: object) -> str | None:
         """Return *given* as a user id; None, counted, if it cannot be one."""
-        value = str(given) if isinstance(given, int) else given
-        if is_user_id(value):
-            return str(value)
-        self._ledger.adjust("user_id")
-        return None
+        return take_id("user_id", given, self._ledger)
 
+    @spells_out
     def track_api_call(
         self,
         method: str,
@@ -314,6 +340,7 @@ class Client:
 
             fields: As for `emit`.
         """
+        _refuse_unknown("track_api_call", fields)
         fields.setdefault("api_method", method)
         fields.setdefault("api_path", path)
         fields.setdefault("api_status_code", status_code)
@@ -321,6 +348,7 @@ class Client:
             fields.setdefault("api_duration_ms", _milliseconds(duration))
         return self.emit("api.response", **fields)
 
+    @spells_out
     def track_error(
         self,
         error: BaseException | str,
@@ -341,35 +369,43 @@ class Client:
 
             fields: As for `emit`.
         """
+        _refuse_unknown("track_error", fields)
         if self._sink is None:
-            return self.emit("error", **fields)
-        if isinstance(error, BaseException):
-            try:
-                session_id = self._session_id(fields.get("session_id"), current_frame())
-                if not _errors.is_first_time(error, session_id or ""):
-                    return False
-                described = _errors.describe(
-                    error, with_stack=self.config.capture_stack
-                )
-            except Exception as problem:  # noqa: BLE001  the host must not see our errors
-                _diagnostics.internal_error(problem)
-                described = {"error_type": type(error).__name__}
-            for name, value in described.items():
-                fields.setdefault(name, value)  # type: ignore[misc]
+            return False
+        if _is_exception(error):
+            if not self._describe(error, fields):
+                return False
             if message is not None:
                 fields["error_message"] = message
         else:
-            fields.setdefault("error_type", error)
+            fields.setdefault("error_type", error)  # type: ignore[typeddict-item]
             if message is not None:
                 fields.setdefault("error_message", message)
         return self.emit("error", **fields)
 
+    def _describe(self, error: BaseException, fields: EventFields) -> bool:
+        """Fill in what *error* was; False if the session was told of it before."""
+        try:
+            given = fields.get("session_id")
+            if type(given) is not str or not is_session_id(given):
+                given = self._present_session(current_frame())
+            if not _errors.is_first_time(error, given or ""):
+                return False
+            with_stack = self.config.capture_stack
+            for name, value in _errors.describe(error, with_stack=with_stack).items():
+                fields.setdefault(name, value)  # type: ignore[misc]
+        except Exception as problem:  # noqa: BLE001  the host must not see our errors
+            _diagnostics.internal_error(problem)
+            fields.setdefault("error_type", type(error).__name__)
+        return True
+
+    @spells_out
     def track_journey_step(
         self,
         journey_id: str,
         step_id: str,
         step_name: str | None = None,
-        **fields: Unpack[EventFields],
+        **fields: Unpack[StepFields],
     ) -> bool:
         """
         Emit a `journey.step` event: a step that was completed.
@@ -383,11 +419,11 @@ class Client:
 
             fields: As for `emit`.
         """
-        fields.setdefault("journey_id", journey_id)
+        _refuse_unknown("track_journey_step", fields)
         fields.setdefault("journey_step_id", step_id)
         if step_name is not None:
             fields.setdefault("journey_step_name", step_name)
-        return self.emit("journey.step", **fields)
+        return self.emit("journey.step", journey_id=journey_id, **fields)
 
     # --- the ledger and the end ---
 
@@ -431,22 +467,28 @@ class Client:
         self.is_closed = True
         return self._sink is None or self._sink.close(timeout)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether every event that was taken came to an end."""
+        return self._ledger.pending.value == 0
+
     def retire(self) -> None:
         """Take no more events, and deliver what is left in the background."""
         if self._sink is not None:
             self._sink.retire()
 
-    async def aflush(self, timeout: float = 5.0) -> bool:  # noqa: ASYNC109
+    async def aflush(self, timeout: float = 5.0) -> bool:
         """Do what `flush` does without holding up the event loop (asyncio or trio)."""
         return await in_thread(self.flush, timeout)
 
-    async def aclose(self, timeout: float = 5.0) -> bool:  # noqa: ASYNC109
+    async def aclose(self, timeout: float = 5.0) -> bool:
         """Do what `close` does without holding up the event loop (asyncio or trio)."""
         return await in_thread(self.close, timeout)
 
-    def _start_over(self) -> None:
-        if self._sink is not None:
-            self._sink.start_over()
+    def __del__(self) -> None:
+        """Deliver what is left in the background, and let the thread go."""
+        if getattr(self, "_sink", None) is not None:  # not if __init__ raised
+            self.retire()
 
     def __enter__(self) -> Self:
         return self
@@ -471,19 +513,43 @@ class Client:
         await self.aclose()
 
 
-def _refuse_keywords(unknown: Any) -> None:
-    msg = f"emit() got an unexpected keyword argument {min(unknown)!r}"
-    raise TypeError(msg)
+def _refuse_unknown(verb: str, fields: StepFields) -> None:
+    """Raise what Python does for a keyword that a function lacks."""
+    unknown = fields.keys() - KEYWORDS
+    if unknown:
+        msg = f"{verb}() got an unexpected keyword argument {min(unknown)!r}"
+        raise TypeError(msg)
 
 
-def _milliseconds(seconds: object) -> object:
+def _is_exception(value: object) -> TypeGuard[BaseException]:
+    """Return whether *value* is an exception; `isinstance` can be lied to, or fail."""
+    return issubclass(type(value), BaseException)
+
+
+def _correlate(
+    fields: dict[str, Any], frame: Frame, session_id: str, *, is_error: bool
+) -> None:
+    """Fill in the user and the journey of *frame* where the event has none."""
+    if session_id != frame.session_id and frame.session_id is not None:
+        return  # they belong to their session, and do not go with another
+    if fields.get("user_id") is None:
+        fields["user_id"] = frame.cell.user_id
+    if fields.get("journey_id") is None and frame.journey_id is not None:
+        fields["journey_id"] = frame.journey_id
+        if is_error and frame.step is not None:
+            fields.setdefault("journey_step_id", frame.step[0])
+            fields.setdefault("journey_step_name", frame.step[1])
+
+
+def _milliseconds(seconds: Any) -> Any:
+    """Return milliseconds; what is no number is counted where the field is taken."""
     try:
-        return seconds * 1000  # type: ignore[operator]
-    except Exception:  # noqa: BLE001  a bad value is counted where it is taken
+        return seconds if isinstance(seconds, timedelta) else float(seconds) * 1000
+    except Exception:  # noqa: BLE001  the value's own code may raise anything
         return seconds
 
 
-async def in_thread(wait: Callable[[float], bool], timeout: float) -> bool:  # noqa: ASYNC109
+async def in_thread(wait: Callable[[float], bool], timeout: float) -> bool:
     """Run *wait* in a thread of the running event loop's."""
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_run():

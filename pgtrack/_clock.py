@@ -32,7 +32,7 @@ class Signal:
 
     def give(self) -> None:
         """Wake the waiter, now or when it next waits."""
-        try:
+        try:  # noqa: SIM105  a context manager may be interrupted half-way
             self._lock.release()
         except RuntimeError:  # given already
             pass
@@ -41,9 +41,7 @@ class Signal:
         """Wait until given, at most *timeout* seconds; True if it was given."""
         if timeout is None:
             return self._lock.acquire()
-        return self._lock.acquire(
-            timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX)
-        )
+        return self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
 
 
 class SystemClock:
@@ -84,8 +82,8 @@ def new_id() -> str:
     return new_ids(1)[0]
 
 
-_MIN_SECOND = -62_135_596_800  # 0001-01-01T00:00:00Z
-_MAX_SECOND = 253_402_300_799  # 9999-12-31T23:59:59Z
+_FIRST = -62_135_596_800 * 10**9  # 0001-01-01T00:00:00Z
+_LAST = 253_402_300_800 * 10**9 - 1  # 9999-12-31T23:59:59.999999Z
 
 
 def format_time(time_ns: int) -> str:
@@ -95,8 +93,7 @@ def format_time(time_ns: int) -> str:
     Times outside of the years 1 to 9999, which the format cannot write, are
     moved to the nearest that it can.
     """
-    second, rest = divmod(time_ns, 1_000_000_000)
-    second = min(max(second, _MIN_SECOND), _MAX_SECOND)
+    second, rest = divmod(min(max(time_ns, _FIRST), _LAST), 10**9)
     year, month, day, hour, minute, sec, *_ = time.gmtime(second)
     return (
         f"{year:04d}-{month:02d}-{day:02d}"

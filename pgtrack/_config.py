@@ -3,12 +3,12 @@ Settings: by argument, else `PRODUCTGRAPH_<NAME>`, else the default.
 
 The class `Config` is the one table of settings.  A wrong value is a `ConfigError`
 that names the setting or the variable, the rule and the fix.  With
-`PRODUCTGRAPH_ENABLED=false` every client is disabled, and nothing else is read.
+`PRODUCTGRAPH_ENABLED=false` every client is disabled, no other variable is read, and
+wrong arguments are as good as absent.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 import os
@@ -16,14 +16,14 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import attrs
 
 from pgtrack.exceptions import ConfigError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from pgtrack.typing import BeforeSend
 
@@ -33,18 +33,8 @@ PREFIX = "PRODUCTGRAPH_"
 _ENABLED = PREFIX + "ENABLED"
 
 
-class _NotGiven:
-    """The value of an argument that was not given, so that None can be."""
-
-    def __repr__(self) -> str:
-        return "NOT_GIVEN"
-
-
-NOT_GIVEN: Final[Any] = _NotGiven()
-
-
 class _WrongError(Exception):
-    """A value breaks a rule; becomes a ConfigError where the setting's name is known."""
+    """A value breaks a rule; a ConfigError is made of it where its setting is known."""
 
     def __init__(self, rule: str, fix: str, shown: str | None = None) -> None:
         super().__init__(rule)
@@ -52,9 +42,6 @@ class _WrongError(Exception):
         self.fix = fix
         self.shown = shown
 
-
-_DISABLED: Final[Any] = _NotGiven()
-_ISOLATED: Final[Any] = _NotGiven()
 
 Parse = Callable[[Any], Any]
 
@@ -71,7 +58,7 @@ class _Setting:
 
 def _setting(default: Any, parse: Parse, **options: Any) -> Any:
     return attrs.field(
-        default=NOT_GIVEN,
+        default=default,
         metadata={_Setting: _Setting(default, parse, **options)},
         repr=_masked if options.get("is_secret") else True,
     )
@@ -115,12 +102,14 @@ def _integer(low: int, high: int) -> Parse:
             number = None
         if type(number) is int and low <= number <= high:
             return number
-        raise _WrongError(f"a whole number from {low:,} to {high:,}", "Choose one in that range.")
+        raise _WrongError(
+            f"a whole number from {low:,} to {high:,}", "Choose one in that range."
+        )
 
     return parse
 
 
-_SIZE = re.compile(r"\s*(\d+)\s*(B|KB|MB|GB)?\s*", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,15})\s*(B|KB|MB|GB)?\s*", re.ASCII | re.IGNORECASE)
 _SIZES = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
 
 
@@ -146,13 +135,23 @@ def _seconds(*, zero: bool = False) -> Parse:
         match = _DURATION.fullmatch(value) if isinstance(value, str) else None
         if match is not None:
             value = float(match[1]) * _UNITS[match[2] or "s"]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and (value > 0 or (zero and value == 0)):
-            return float(value)
+        number = math.nan if isinstance(value, str) else _number(value)
+        if 0 < number < math.inf or (zero and number == 0):
+            return number
         rule = f"a {'non-negative' if zero else 'positive'} number of seconds"
         raise _WrongError(rule, "Use a number, or a text such as '500ms', '5s', '1m'.")
 
     return parse
+
+
+def _number(value: Any) -> float:
+    """Return *value* as a number, NaN if it is none."""
+    if isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 _BOOLEANS = {
@@ -166,7 +165,9 @@ def _boolean(value: Any) -> bool:
         return value
     if isinstance(value, str) and value.strip().lower() in _BOOLEANS:
         return _BOOLEANS[value.strip().lower()]
-    raise _WrongError("true or false", "Use 'true' or 'false' (also 1/0, yes/no, on/off).")
+    raise _WrongError(
+        "true or false", "Use 'true' or 'false' (also 1/0, yes/no, on/off)."
+    )
 
 
 def _choice(*choices: str) -> Parse:
@@ -179,21 +180,17 @@ def _choice(*choices: str) -> Parse:
 
 
 def _fraction(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if 0.0 <= number <= 1.0 and not isinstance(value, bool):
+    number = _number(value)
+    if 0.0 <= number <= 1.0:
         return number
-    raise _WrongError("a number from 0 to 1", "Use 0.1 to keep a tenth of all sessions.")
+    raise _WrongError(
+        "a number from 0 to 1", "Use 0.1 to keep a tenth of all sessions."
+    )
 
 
 def _rate(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if 1.0 <= number < math.inf and not isinstance(value, bool):
+    number = _number(value)
+    if 1.0 <= number < math.inf:
         return number
     rule = "a number of events a second, 1 or more"
     raise _WrongError(rule, "Leave it out to have no limit.")
@@ -209,8 +206,16 @@ def _words(value: Any) -> tuple[str, ...]:
     raise _WrongError("a sequence of non-empty texts", "Use ('pin_code', 'iban').")
 
 
+def _keys(value: Any) -> tuple[str, ...]:
+    keys = _words(value)
+    if all(any(map(str.isalpha, key)) for key in keys):
+        return keys
+    rule = "keys with at least one letter"
+    raise _WrongError(rule, "Leave out those of digits and punctuation alone.")
+
+
 _HOST = re.compile(
-    r"(?:\*\.)?[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?(?::\d{1,5})?|\[[0-9a-f:.]+\](?::\d{1,5})?"
+    r"(?:(?:\*\.)?[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
 )
 
 
@@ -289,8 +294,8 @@ def _endpoint(value: Any) -> str:
     url = _url(value)
     if url is None or url.scheme not in ("http", "https") or not url.hostname:
         fix = "Use the whole address, such as 'https://api.example.com/v1/events'."
-        is_secret = isinstance(value, str) and "@" in value
-        raise _WrongError(_ENDPOINTS, fix, "a text with an '@'" if is_secret else None)
+        is_secret = "@" in repr(value)
+        raise _WrongError(_ENDPOINTS, fix, "one with an '@'" if is_secret else None)
     if url.username is not None or url.password is not None:
         rule = "a URL without user and password"
         raise _WrongError(rule, "Put the key into `api_key`.", "one that has them")
@@ -313,6 +318,8 @@ def is_loopback(host: str) -> bool:
     """Return whether *host* names this machine by itself, without asking a resolver."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
+    import ipaddress  # noqa: PLC0415  slow to load, and not needed for https
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -322,7 +329,7 @@ def is_loopback(host: str) -> bool:
 # --- the settings ----------------------------------------------------------------
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(init=False)
 class Config:
     """
     The settings of one client, checked.
@@ -342,24 +349,24 @@ class Config:
     product_id: str | None = _setting(None, _optional(_text))
     api_key: str | None = _setting(None, _optional(_key), is_secret=True)
     batch_size: int = _setting(50, _integer(1, 1_000))
-    batch_interval: float | str = _setting(5.0, _seconds())
-    max_batch_bytes: int | str = _setting(1_000_000, _bytes(1_000, 9_500_000))
-    max_event_bytes: int | str = _setting(100_000, _bytes(1_000, 9_000_000))
+    batch_interval: float = _setting(5.0, _seconds())
+    max_batch_bytes: int = _setting(1_000_000, _bytes(1_000, 9_500_000))
+    max_event_bytes: int = _setting(100_000, _bytes(1_000, 9_000_000))
     max_queue_size: int = _setting(10_000, _integer(1, 100_000_000))
-    max_queue_bytes: int | str = _setting(10_000_000, _bytes(10_000, 2**40))
+    max_queue_bytes: int = _setting(10_000_000, _bytes(10_000, 2**40))
     overflow: Literal["drop_newest", "drop_oldest"] = _setting(
         "drop_newest", _choice("drop_newest", "drop_oldest")
     )
     compression: Literal["auto", "gzip", "none"] = _setting(
         "auto", _choice("auto", "gzip", "none")
     )
-    timeout: float | str = _setting(10.0, _seconds())
-    retry_for: float | str = _setting(300.0, _seconds(zero=True))
-    exit_timeout: float | str = _setting(3.0, _seconds(zero=True))
+    timeout: float = _setting(10.0, _seconds())
+    retry_for: float = _setting(300.0, _seconds(zero=True))
+    exit_timeout: float = _setting(3.0, _seconds(zero=True))
     sample_rate: float = _setting(1.0, _fraction)
     session_rate_limit: float | None = _setting(None, _optional(_rate))
-    redact_keys: Iterable[str] = _setting((), _words)
-    before_send: BeforeSend | None = _setting(
+    redact_keys: tuple[str, ...] = _setting((), _keys)
+    before_send: BeforeSend | None = _setting(  # noqa: RUF009  it makes a field
         None, _optional(_hook), from_environment=False
     )
     capture_stack: bool = _setting(False, _boolean)  # noqa: FBT003
@@ -368,67 +375,73 @@ class Config:
     )
     trust_user_header: bool = _setting(False, _boolean)  # noqa: FBT003
     default_session: bool = _setting(True, _boolean)  # noqa: FBT003
-    propagate_to: Iterable[str] = _setting((), _hosts)
+    propagate_to: tuple[str, ...] = _setting((), _hosts)
     allow_insecure: bool = _setting(False, _boolean)  # noqa: FBT003
     handle_sigterm: bool = _setting(True, _boolean)  # noqa: FBT003
     proxy: str | None = _setting(None, _optional(_proxy), is_secret=True)
-    ca_bundle: str | os.PathLike[str] | None = _setting(None, _optional(_file))
-    client_cert: str | tuple[str, ...] | None = _setting(None, _optional(_cert))
+    ca_bundle: str | None = _setting(None, _optional(_file))
+    client_cert: tuple[str, ...] | None = _setting(None, _optional(_cert))
     metadata: Mapping[str, Any] | None = _setting(None, _optional(_metadata))
     service: str | None = _setting(None, _optional(_text))
     release: str | None = _setting(None, _optional(_text))
     environment: str | None = _setting(None, _optional(_text))
     debug: bool = _setting(False, _boolean)  # noqa: FBT003
 
-    def __attrs_post_init__(self) -> None:
-        switch = self._read_switch()
-        if switch is False:
-            self._take_defaults()
-            self._set("enabled", value=False)
-            return
-        is_endpoint_given = self.endpoint is not NOT_GIVEN and self.endpoint is not None
-        self._resolve()
-        if self.enabled is None:
-            self._set("enabled", value=bool(switch) or is_endpoint_given)
-        if self.enabled:
+    def __init__(self, **options: Unpack[ConfigOptions]) -> None:
+        self._read(dict(options), os.environ)
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """
+        Read every setting from the environment.
+
+        `PRODUCTGRAPH_ENABLED=true` is needed to enable.
+
+        Raises:
+            ConfigError: If a variable is wrong; the message names it.
+        """
+        return cls()
+
+    @classmethod
+    def isolated(cls, **options: Unpack[ConfigOptions]) -> Self:
+        """Return settings that the environment has no say in."""
+        config = cls.__new__(cls)
+        config._read(dict(options), {})  # noqa: SLF001  it is what __init__ calls
+        return config
+
+    @classmethod
+    def disabled(cls) -> Self:
+        """Return settings that disable, whatever the environment says."""
+        return cls.isolated(enabled=False)
+
+    def _read(self, options: dict[str, Any], environ: Mapping[str, str]) -> None:
+        """Set every field: by *options*, else by *environ*, else its default."""
+        settings = {f.name: f.metadata[_Setting] for f in attrs.fields(type(self))}
+        if unknown := options.keys() - settings.keys():
+            msg = f"Config() got an unexpected keyword argument {min(unknown)!r}"
+            raise TypeError(msg)
+        switch = _value_of("enabled", settings["enabled"], {}, environ)
+        enabled = None
+        if switch is not False:
+            enabled = _value_of("enabled", settings["enabled"], options, {})
+        if switch is False or enabled is False:
+            environ = {}
+        for name, setting in settings.items():
+            try:
+                value = _value_of(name, setting, options, environ)
+            except ConfigError:
+                if switch is not False:
+                    raise
+                value = setting.default
+            self._set(name, value=value)
+        if enabled is None and switch is not False:
+            enabled = switch or options.get("endpoint") is not None
+        self._set("enabled", value=bool(enabled))
+        if enabled:
             self._check_together()
 
-    def _read_switch(self) -> bool | None:
-        """Return what decides over all else: the variable, or our own sentinels."""
-        if self.enabled is _DISABLED:
-            return False
-        if self.enabled is _ISOLATED:
-            self._take_defaults()
-            self._set("enabled", value=True)
-            return True
-        text = os.environ.get(_ENABLED)
-        return None if not text else _checked(_boolean, text, f"variable {_ENABLED}")  # type: ignore[no-any-return]
-
     def _set(self, name: str, *, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _take_defaults(self) -> None:
-        for field in attrs.fields(type(self)):
-            if getattr(self, field.name) is NOT_GIVEN:
-                self._set(field.name, value=field.metadata[_Setting].default)
-
-    def _resolve(self) -> None:
-        for field in attrs.fields(type(self)):
-            setting: _Setting = field.metadata[_Setting]
-            value = getattr(self, field.name)
-            where = f"setting `{field.name}`"
-            variable = PREFIX + field.name.upper()
-            if value is NOT_GIVEN and setting.from_environment:
-                text = os.environ.get(variable)
-                if text:
-                    value, where = text, f"variable {variable}"
-            if value is NOT_GIVEN:
-                value = setting.default
-            else:
-                value = _checked(
-                    setting.parse, value, where, is_secret=setting.is_secret
-                )
-            self._set(field.name, value=value)
+        object.__setattr__(self, name, value)  # the class is frozen
 
     def _check_together(self) -> None:
         for name, example in (
@@ -446,15 +459,15 @@ class Config:
         if self.product_id is None:
             self._set("product_id", value=self.project_id)
         url = urllib.parse.urlsplit(str(self.endpoint))
-        if url.scheme == "http" and not self.allow_insecure:
-            if not is_loopback(url.hostname or ""):
-                msg = (
-                    "setting `endpoint` must be an https:// URL unless its host is this "
-                    f"machine (got http://{url.hostname}). Use https, or "
-                    "allow_insecure=True to send events in the clear."
-                )
-                raise ConfigError(msg)
-        if self.max_event_bytes > self.max_batch_bytes:  # type: ignore[operator]
+        is_open = url.scheme == "http" and not is_loopback(url.hostname or "")
+        if is_open and not self.allow_insecure:
+            msg = (
+                "setting `endpoint` must be an https:// URL unless its host is this "
+                f"machine (got http://{url.hostname}). Use https, or "
+                "allow_insecure=True to send events in the clear."
+            )
+            raise ConfigError(msg)
+        if self.max_event_bytes > self.max_batch_bytes:
             msg = (
                 "setting `max_event_bytes` must not be more than `max_batch_bytes` "
                 f"(got {self.max_event_bytes:,} and {self.max_batch_bytes:,}). "
@@ -462,27 +475,19 @@ class Config:
             )
             raise ConfigError(msg)
 
-    @classmethod
-    def disabled(cls) -> Self:
-        """Return settings that disable, whatever the environment says."""
-        return cls(enabled=_DISABLED)
 
-    @classmethod
-    def isolated(cls, **options: Any) -> Self:
-        """Return enabled settings that the environment has no say in, for tests."""
-        return cls(enabled=_ISOLATED, **options)
-
-    @classmethod
-    def from_env(cls) -> Self:
-        """
-        Read every setting from the environment.
-
-        `PRODUCTGRAPH_ENABLED=true` is needed to enable.
-
-        Raises:
-            ConfigError: If a variable is wrong; the message names it.
-        """
-        return cls()
+def _value_of(
+    name: str, setting: _Setting, options: Mapping[str, Any], environ: Mapping[str, str]
+) -> Any:
+    """Return the checked value of one setting."""
+    variable = PREFIX + name.upper()
+    if name in options:
+        value, where = options[name], f"setting `{name}`"
+    elif setting.from_environment and environ.get(variable):
+        value, where = environ[variable], f"variable {variable}"
+    else:
+        return setting.default
+    return _checked(setting.parse, value, where, is_secret=setting.is_secret)
 
 
 def _checked(parse: Parse, value: Any, where: str, *, is_secret: bool = False) -> Any:
@@ -497,8 +502,16 @@ def _checked(parse: Parse, value: Any, where: str, *, is_secret: bool = False) -
 
 
 def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{type(value).__name__} of {len(text)} characters"  # noqa: PLR2004
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  the value's own code may raise anything
+        return type(value).__name__
+    if len(text) <= _MAX_SHOWN:
+        return text
+    return f"{type(value).__name__} of {len(text)} characters"
+
+
+_MAX_SHOWN = 60
 
 
 class ConfigOptions(TypedDict, total=False):

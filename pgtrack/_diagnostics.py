@@ -3,17 +3,16 @@ What pgtrack says about itself: one line per cause and minute, logger `pgtrack`.
 
 A verb may be called from a signal handler or a finaliser, in the middle of a
 write to the very stream that a log handler writes to.  So verbs only `note`
-what happened; the lines are written by `tell`, from pgtrack's own thread or
-from a call that may wait (`flush`, `close`).
+what happened; the lines are written by `tell`, by whoever delivers.
 
 Lines name causes, types and counts; never a value, an id or a key.
 """
 
 from __future__ import annotations
 
-import collections
 import logging
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from pgtrack._clock import SYSTEM_CLOCK
@@ -28,7 +27,8 @@ _PACKAGE = str(Path(__file__).parent)
 reraise = False
 """Whether our own errors are raised rather than noted; set by the project's tests."""
 
-_notes: collections.deque[tuple[str, int, str]] = collections.deque(maxlen=100)
+# By cause, so that threads that note the same at once leave one line.
+_notes: dict[str, tuple[int, str]] = {}
 _quiet_until: dict[str, float] = {}
 
 
@@ -47,17 +47,16 @@ def note(cause: str, message: str, level: int = logging.WARNING) -> None:
     if now < _quiet_until.get(cause, 0.0):
         return
     _quiet_until[cause] = now + _SECONDS_BETWEEN_LINES
-    _notes.append((cause, level, message))
+    _notes[cause] = (level, message)
 
 
 def tell() -> None:
     """Write the lines that were noted; call it only where waiting is allowed."""
-    while _notes:
-        try:
-            _, level, message = _notes.popleft()
-        except IndexError:  # another thread was faster
-            return
-        logger.log(level, message)
+    for cause in list(_notes):
+        level, message = _notes.pop(cause, (0, ""))
+        if message:  # else another thread was faster
+            with suppress(Exception):  # a filter or handler of the host's
+                logger.log(level, message)
 
 
 def internal_error(error: BaseException) -> None:

@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
-from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import attrs
@@ -32,10 +31,14 @@ if TYPE_CHECKING:
 __all__ = [
     "FIELDS",
     "IDS",
+    "KEYWORDS",
     "Event",
     "EventFields",
     "Field",
+    "StepFields",
     "Wire",
+    "decode_json",
+    "encode_json",
     "parse_time",
     "time_to_ns",
 ]
@@ -43,39 +46,46 @@ __all__ = [
 Wire = dict[str, Any]
 """An event as the JSON object that goes over the wire."""
 
-_INT64 = range(-(2**63), 2**63)
+_MIN_INT64 = -(2**63)
+_MAX_INT64 = 2**63 - 1
+_MAX_DIGITS = 100
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def _to_text(value: object) -> str | None:
-    if type(value) is str:
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    return None
+    return str.__str__(value) if isinstance(value, str) else None
 
 
 def _to_integer(value: object) -> int | None:
-    """Round to the nearest integer of 64 bits; None for what is no such number."""
+    """Round to the nearest integer of 64 bits; None for what is out of range."""
     if isinstance(value, timedelta):
-        value = value / timedelta(milliseconds=1)
-    try:
-        number = round(Decimal(value)) if isinstance(value, str) else round(value)  # type: ignore[call-overload]
-        number = int(number)
-    except (TypeError, ValueError, OverflowError, InvalidOperation):
+        value /= timedelta(milliseconds=1)
+    elif isinstance(value, str):
+        value = _parse_number(value)
+    # Before rounding, since a Decimal of nine digits may stand for a billion of them.
+    if not _MIN_INT64 - 1 < value < _MAX_INT64 + 1:  # type: ignore[operator]
         return None
-    return number if number in _INT64 else None
+    number = int(round(value))  # type: ignore[call-overload]  # noqa: RUF046  of any type
+    return number if _MIN_INT64 <= number <= _MAX_INT64 else None
 
 
 def _to_number(value: object) -> float | None:
-    """Return a finite number; None for what is none."""
-    if type(value) is int and value in _INT64:
+    """Return a finite number; None for infinities and NaN."""
+    if type(value) is int and _MIN_INT64 <= value <= _MAX_INT64:
         return value
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
+    if isinstance(value, str):
+        value = _parse_number(value)
+    number = float(value)  # type: ignore[arg-type]
     return number if math.isfinite(number) else None
+
+
+def _parse_number(text: str) -> float:
+    """Return the number that *text* is, an int where it can be."""
+    text = str.__str__(text)[:_MAX_DIGITS]
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 @attrs.frozen
@@ -88,7 +98,8 @@ class Field:
 
         key: The key in the JSON object.
 
-        convert: Returns the value as the wire carries it, or None where it cannot.
+        convert: Returns the value as the wire carries it; None, or any exception, where
+            it cannot.
 
         width: Most characters of a text field; longer ones are cut.
 
@@ -190,6 +201,12 @@ class Event:
     snapshot_viewport: str | None = _text("snapshot.viewport", 50)
     metadata: Mapping[str, JSONValue] | None = None
 
+    def __repr__(self) -> str:
+        """Show the fields that are set: most of the forty are not."""
+        values = ((field.name, getattr(self, field.name)) for field in _ATTRIBUTES)
+        shown = ", ".join(f"{k}={v!r}" for k, v in values if v is not None)
+        return f"Event({shown})"
+
     def replace(self, **changes: Any) -> Self:
         """
         Return a copy with *changes*; None takes a field away.
@@ -200,18 +217,19 @@ class Event:
         return attrs.evolve(self, **changes)
 
     @classmethod
-    def from_wire(cls, wire: Mapping[str, Any]) -> Self:
+    def from_wire(cls, wire: object) -> Self:
         """
         Read an event off its wire form.
 
         Null is the same as absent, and an empty timestamp too; keys that ProductGraph
-        does not know are left out.  Digits of the timestamp beyond microseconds are cut.
+        does not know are left out.  Fractions of integers are rounded, digits of the
+        timestamp beyond microseconds cut.
 
         Raises:
             InvalidEventError: If a value has the wrong JSON type, or the timestamp is
                 not RFC 3339 with an offset.
         """
-        if not isinstance(wire, Mapping):
+        if not isinstance(wire, Mapping):  # JSON may be anything
             msg = f"event must be a JSON object (got {type(wire).__name__})."
             raise InvalidEventError(msg)
         values: dict[str, Any] = {}
@@ -243,9 +261,11 @@ class Event:
         return wire
 
 
+_ATTRIBUTES = attrs.fields(Event)
+
 FIELDS: Mapping[str, Field] = {
     a.name: Field(a.name, key, convert, **options)
-    for a in attrs.fields(Event)
+    for a in _ATTRIBUTES
     for key, convert, options in [a.metadata.get(Field, (None, None, None))]
     if key is not None
 }
@@ -267,7 +287,10 @@ def _read(field: Field, value: object) -> object:
     rule = "an integer" if field.convert is _to_integer else "a number"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidEventError(_WRONG.format(field.key, rule))
-    converted = field.convert(value)
+    try:
+        converted = field.convert(value)
+    except OverflowError:
+        converted = None
     if converted is None:
         raise InvalidEventError(_WRONG.format(field.key, rule))
     return converted
@@ -298,9 +321,7 @@ def parse_time(text: object) -> datetime:
             return parsed.astimezone(timezone.utc)
         except (ValueError, OverflowError):
             pass
-    raise InvalidEventError(
-        _WRONG.format("event.timestamp", "RFC 3339 with an offset")
-    )
+    raise InvalidEventError(_WRONG.format("event.timestamp", "RFC 3339 with an offset"))
 
 
 def time_to_ns(moment: datetime) -> int:
@@ -311,23 +332,25 @@ def time_to_ns(moment: datetime) -> int:
         OverflowError, OSError, ValueError: If a naive datetime is beyond what the
             machine's time zone data can tell.
     """
-    if moment.tzinfo is None:
+    if moment.utcoffset() is None:
         moment = moment.astimezone()
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
-class EventFields(TypedDict, total=False):
+class StepFields(TypedDict, total=False):
     """
-    The keywords of `emit`.
+    The keywords of `emit` but for `journey_id`, which some verbs take by position.
 
     `metadata` may hold any Python values: they are converted or cut to what JSON can
-    carry.  `session_id`, `user_id`, `request_id` and `journey_id` default to the present
-    correlation, `timestamp` (an aware datetime) to now, `event_id` to a new UUID.
+    carry.  `session_id`, `user_id`, `request_id` and `journey_id` default to the
+    present correlation, `timestamp` (an aware datetime) to now, `event_id` to a new
+    UUID.  Ids are 1 to 255 visible ASCII characters; those of sessions and requests are
+    shorter and plainer.
     """
 
     metadata: Mapping[str, Any] | None
     session_id: str | None
-    user_id: str | None
+    user_id: str | int | None
     request_id: str | None
     timestamp: datetime | None
     event_id: str | None
@@ -352,7 +375,6 @@ class EventFields(TypedDict, total=False):
     ui_state_before: Any
     ui_state_after: Any
     ui_state_change_type: str | None
-    journey_id: str | None
     journey_step_id: str | None
     journey_step_name: str | None
     journey_conversion_status: str | None
@@ -373,15 +395,19 @@ class EventFields(TypedDict, total=False):
     snapshot_viewport: str | None
 
 
-KEYWORDS = frozenset(EventFields.__annotations__)
+class EventFields(StepFields, total=False):
+    """The keywords of `emit`."""
+
+    journey_id: str | None
+
+
+KEYWORDS = EventFields.__optional_keys__
 """The names of `EventFields`."""
 
 
 def encode_json(value: JSONValue) -> str:
     """Return compact JSON; NaN and infinities raise ValueError."""
-    return json.dumps(
-        value, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    )
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def decode_json(data: bytes) -> Wire:

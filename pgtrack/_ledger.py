@@ -16,7 +16,7 @@ import io
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import attrs
 
@@ -95,12 +95,16 @@ class Tally:
         return f"<Tally {self.value}>"
 
 
-def _no_counts() -> Mapping[str, int]:
-    return MappingProxyType({})
+def _frozen(counts: Mapping[str, int]) -> Mapping[str, int]:
+    return MappingProxyType(dict(counts))
 
 
 def _as_dict(counts: Mapping[str, int]) -> str:
     return repr(dict(counts))
+
+
+def _counted() -> Any:
+    return attrs.field(factory=dict, converter=_frozen, repr=_as_dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -131,7 +135,8 @@ class Stats:
 
         retries: Attempts that have to be repeated.
 
-        sent_bytes: Bytes of request bodies, compressed, of all attempts.
+        sent_bytes: Bytes of request bodies, compressed, of all attempts that were
+            answered.
 
         last_error: What the last attempt that failed ran into; None if none did.
 
@@ -141,16 +146,22 @@ class Stats:
     emitted: int = 0
     recovered: int = 0
     delivered: int = 0
-    rejected: Mapping[str, int] = attrs.field(factory=_no_counts, repr=_as_dict)
-    dropped: Mapping[str, int] = attrs.field(factory=_no_counts, repr=_as_dict)
+    rejected: Mapping[str, int] = _counted()
+    dropped: Mapping[str, int] = _counted()
     spooled: int = 0
     pending: int = 0
-    adjusted: Mapping[str, int] = attrs.field(factory=_no_counts, repr=_as_dict)
+    adjusted: Mapping[str, int] = _counted()
     batches: int = 0
     retries: int = 0
     sent_bytes: int = 0
     last_error: str | None = None
     last_success: datetime | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A child may report its ledger to its parent; a mapping proxy does not pickle.
+        values = attrs.asdict(self, recurse=False)
+        counts = {k: dict(v) for k, v in values.items() if isinstance(v, Mapping)}
+        return _restored, ({**values, **counts},)
 
     @property
     def is_balanced(self) -> bool:
@@ -181,9 +192,12 @@ class Stats:
         )
 
 
+def _restored(values: dict[str, Any]) -> Stats:
+    return Stats(**values)
+
+
 def _sum(one: Mapping[str, int], two: Mapping[str, int]) -> Mapping[str, int]:
-    both = {key: one.get(key, 0) + two.get(key, 0) for key in {**one, **two}}
-    return MappingProxyType(both)
+    return {key: one.get(key, 0) + two.get(key, 0) for key in {**one, **two}}
 
 
 class Ledger:
@@ -233,8 +247,8 @@ class Ledger:
 
     def stats(self) -> Stats:
         """Return the ledger at this moment."""
-        # What ends is read before what was begun, and `pending` in between: an event
-        # that moves meanwhile is then missing from the right, never counted twice.
+        # The ends are read first, the beginning last: what moves on meanwhile is then
+        # missing on the right rather than on the left.
         delivered = self.delivered.value
         rejected = _counts(self._rejected)
         dropped = _counts(self._dropped)
@@ -256,7 +270,7 @@ class Ledger:
 
 def _counts(tallies: Mapping[str, Tally]) -> Mapping[str, int]:
     counts = {key: tally.value for key, tally in list(tallies.items())}
-    return MappingProxyType({key: count for key, count in counts.items() if count})
+    return {key: count for key, count in counts.items() if count}
 
 
 def _utc(time_ns: int | None) -> datetime | None:

@@ -6,7 +6,6 @@ Both decide on the caller's thread, before any other work is done for the event.
 
 from __future__ import annotations
 
-import collections
 import zlib
 
 from pgtrack._ledger import Tally
@@ -23,7 +22,7 @@ def is_sampled(session_id: str, rate: float) -> bool:
     The answer depends on the id alone, so that every process and service that uses the
     same rate keeps the same sessions, whole.
     """
-    return zlib.crc32(session_id.encode("utf-8", "replace")) < rate * _HASH_RANGE
+    return _hash(session_id) < rate * _HASH_RANGE
 
 
 class RateLimit:
@@ -37,18 +36,25 @@ class RateLimit:
 
     _COUNTERS = 4_096
 
-    __slots__ = ("_rate", "_second", "_tallies")
+    __slots__ = ("_rate", "_seconds")
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        self._second = -1
-        self._tallies: dict[int, Tally] = {}
+        self._seconds: dict[int, dict[int, Tally]] = {}
 
     def allows(self, session_id: str, now: float) -> bool:
         """Return whether one more event of the session, at the time *now*, may pass."""
         second = int(now)
-        if second != self._second:
-            self._second = second
-            self._tallies = collections.defaultdict(Tally)
-        bucket = zlib.crc32(session_id.encode("utf-8", "replace")) % self._COUNTERS
-        return self._tallies[bucket].add(1) <= self._rate
+        tallies = self._seconds.get(second)
+        if tallies is None:
+            tallies = self._seconds.setdefault(second, {})
+            for past in [key for key in self._seconds.copy() if key < second]:
+                self._seconds.pop(past, None)
+        bucket = _hash(session_id) % self._COUNTERS
+        tally = tallies.get(bucket) or tallies.setdefault(bucket, Tally())
+        return tally.add(1) <= self._rate
+
+
+def _hash(session_id: str) -> int:
+    """Return a number below `_HASH_RANGE`, the same in every process."""
+    return zlib.crc32(session_id.encode())

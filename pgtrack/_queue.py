@@ -4,19 +4,26 @@ The bounded queue between the callers' threads and the worker.
 Callers take no lock.  A place and the bytes are reserved by atomic counters before
 the record is appended, and given back if there is no room, so that the bounds hold
 exactly however many threads, signal handlers and finalisers emit at once.
+
+Nor is a wake-up lost.  Callers append, then look at `wake_at`; the worker, who alone
+sets it, sets it, then looks at the length once more.  Whichever of the two comes
+second sees what the first one did.
 """
 
 from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pgtrack import _diagnostics
 from pgtrack._clock import Signal
 from pgtrack._ledger import Ledger, Tally
-from pgtrack._record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pgtrack._record import Record
 
 __all__ = ["NEVER", "BoundedQueue", "Marker"]
 
@@ -40,7 +47,8 @@ class Marker:
 
     def wait(self, timeout: float) -> bool:
         """Wait until the marker is reached, at most *timeout* seconds."""
-        self._signal.wait(timeout)
+        if not self.is_reached:
+            self._signal.wait(timeout)
         return self.is_reached
 
 
@@ -60,7 +68,7 @@ class BoundedQueue:
 
         ledger: Counts `pending` and what is dropped.
 
-        wake: Called when the queue has grown to `wake_at`.
+        wake: Called when an item was appended and the length is `wake_at` or more.
     """
 
     def __init__(
@@ -79,6 +87,7 @@ class BoundedQueue:
         self._ledger = ledger
         self._wake = wake
         self._bytes = Tally()
+        self._marks = Tally()
         self.is_closed = False
         self.wake_at = 1
 
@@ -99,13 +108,17 @@ class BoundedQueue:
 
     def mark(self, marker: Marker) -> None:
         """Append *marker*."""
+        self._marks.add(1)
         self._append(marker)
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether somebody waits for what is in the queue."""
+        return self._marks.value > 0
+
     def _append(self, item: Item) -> None:
-        items = self._items
-        items.append(item)
-        if len(items) >= self.wake_at:
-            self.wake_at = NEVER
+        self._items.append(item)
+        if len(self._items) >= self.wake_at:
             self._wake()
 
     def _reserve(self, size: int) -> bool:
@@ -125,18 +138,25 @@ class BoundedQueue:
         """Drop the oldest records until *size* fits, if that is the policy."""
         if not self._drop_oldest or size > self._max_bytes:
             return False
+        markers: list[Item] = []
+        has_room = False
         for _ in range(len(self._items)):
-            item = self.take()
+            item = self._pop()
+            if isinstance(item, Marker):
+                markers.append(item)
+                continue
             if item is None:
                 break
-            if isinstance(item, Marker):
-                self._items.append(item)  # what it waits for is with the worker
-                continue
             self.release(item[-1])
             self._count_drop()
-            if self._reserve(size):
-                return True
-        return False
+            has_room = self._reserve(size)
+            if has_room:
+                break
+        if markers:
+            # They stay in front: what they wait for is gone, or with the worker.
+            self._items.extendleft(reversed(markers))
+            self._wake()
+        return has_room
 
     def _count_drop(self) -> None:
         self._ledger.drop("queue_full")
@@ -149,6 +169,12 @@ class BoundedQueue:
 
     def take(self) -> Item | None:
         """Return the oldest item, or None."""
+        item = self._pop()
+        if isinstance(item, Marker):
+            self._marks.add(-1)
+        return item
+
+    def _pop(self) -> Item | None:
         try:
             return self._items.popleft()
         except IndexError:
@@ -158,4 +184,5 @@ class BoundedQueue:
         """Forget everything, as a forked child does: it is the parent's."""
         self._items.clear()
         self._bytes.reset()
+        self._marks.reset()
         self.wake_at = 1

@@ -9,22 +9,44 @@ cuts to the widths of the wire, and encodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import enum
+import re
+import sys
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pgtrack import _diagnostics
+from pgtrack._cards import is_card_number
 from pgtrack._clock import format_time, new_ids
-from pgtrack._event import FIELDS, IDS, Event, Wire, encode_json, time_to_ns
-from pgtrack._ledger import DropReason, Ledger
-from pgtrack._redaction import KeyRule, is_card_number, redact_text
-from pgtrack._snapshot import MARGIN, MAX_KEY, MAX_TEXT, snapshot
+from pgtrack._context import is_request_id, is_session_id, is_user_id
+from pgtrack._event import FIELDS, Event, Wire, encode_json, time_to_ns
+from pgtrack._keys import REDACTED, KeyRule
+from pgtrack._redaction import redact_text
+from pgtrack._snapshot import (
+    MARGIN,
+    MAX_KEY,
+    MAX_TEXT,
+    SIZE_OF_NUMBER,
+    snapshot,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     from pgtrack._config import Config
+    from pgtrack._ledger import AdjustedReason, Ledger
     from pgtrack.typing import BeforeSend, IdFactory, JSONValue
 
-__all__ = ["Encoder", "Record", "take_field", "take_time"]
+__all__ = [
+    "RECORD_SIZE",
+    "Encoder",
+    "Record",
+    "take_field",
+    "take_id",
+    "take_metadata",
+    "take_time",
+    "take_type",
+]
 
 Record: TypeAlias = (
     "tuple[int, str, str, str | None, Mapping[str, Any], dict[str, Any], "
@@ -40,38 +62,105 @@ takes it apart.
 RECORD_SIZE = 400
 """What a record takes in memory beside the values counted by its snapshots, bytes."""
 
-_SIZE_OF_TEXT = 56
+_REFUSED_ID: dict[str, AdjustedReason] = {
+    "event_id": "event_id",
+    "request_id": "request_id",
+    "session_id": "session_id",
+    "user_id": "user_id",
+}
+"""What counts an id that does not fit; the others are fields as any."""
+
+_GRAMMARS: dict[str, Callable[[str], bool]] = {
+    "request_id": is_request_id,
+    "session_id": is_session_id,
+}
+"""The ids that may hold less than 1 to 255 visible ASCII characters."""
+
+_MAX_BITS = 1_000
+
+
+# --- on the caller's thread ------------------------------------------------------
+
+
+def take_type(value: object, rule: KeyRule) -> str | None:
+    """Return an event type as text; None for what is none, and for an empty one."""
+    kind = value if type(value) is str else snapshot(value, rule).value
+    return kind[: _WIDTHS["event.type"] + MARGIN] or None if type(kind) is str else None
+
+
+def take_id(name: str, value: object, ledger: Ledger) -> str | None:
+    """
+    Return an id as text, or None, counted, if it does not fit its grammar.
+
+    UUIDs and integers are as good as their text, enums as their values.
+    """
+    try:
+        text = value if type(value) is str else _id_text(value)
+    except Exception:  # noqa: BLE001  the value's own code may raise anything
+        text = None
+    if text is not None and _GRAMMARS.get(name, is_user_id)(text):
+        return text
+    ledger.adjust(_REFUSED_ID.get(name, "field"))
+    return None
+
+
+def _id_text(value: object) -> str | None:
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int.__repr__(value) if int.bit_length(value) <= _MAX_BITS else None
+    uuid = sys.modules.get("uuid")  # whoever has a UUID has loaded it
+    return str(value) if uuid is not None and type(value) is uuid.UUID else None
 
 
 def take_field(
     name: str, value: object, rule: KeyRule, ledger: Ledger
 ) -> tuple[JSONValue, int]:
-    """Return a field's value as the wire can carry it, or None, and its size in memory."""
+    """
+    Return a field's value as the wire can carry it, or None, and its size in memory.
+    """
     field = FIELDS[name]
-    if type(value) is not str:
-        if field.is_json or field.width:
-            value = _as_text(value, rule, is_json=field.is_json)
-        converted = field.convert(value)
-        if converted is None:
-            ledger.adjust("field")
-            return None, 0
-        value = converted
-    elif not field.width:  # a number, as text
-        value = field.convert(value)
+    if field.is_id:
+        text = take_id(name, value, ledger)
+        return text, 0 if text is None else sys.getsizeof(text)
+    if type(value) is not str or not field.width:
+        try:
+            if field.width:
+                value = _as_text(value, rule, ledger, is_json=field.is_json)
+            value = field.convert(value)
+        except Exception:  # noqa: BLE001  the value's own code may raise anything
+            value = None
         if value is None:
             ledger.adjust("field")
+            return None, 0
     if not isinstance(value, str):
-        return value, 32  # type: ignore[return-value]
-    if len(value) > field.width + MARGIN:
-        value = value[: field.width + MARGIN]
-    return value, _SIZE_OF_TEXT + len(value) * (1 if value.isascii() else 4)
+        return value, SIZE_OF_NUMBER
+    text = value[: field.width + MARGIN]
+    return text, sys.getsizeof(text)
 
 
-def _as_text(value: object, rule: KeyRule, *, is_json: bool) -> str:
-    taken = snapshot(value, rule).value
-    if is_json or not isinstance(taken, str):
-        return encode_json(taken)
-    return taken
+def _as_text(value: object, rule: KeyRule, ledger: Ledger, *, is_json: bool) -> str:
+    taken = snapshot(value, rule)
+    if taken.is_lossy:
+        ledger.adjust("field")
+    if is_json or not isinstance(taken.value, str):
+        return encode_json(taken.value)
+    return taken.value
+
+
+def take_metadata(
+    value: object, rule: KeyRule, ledger: Ledger
+) -> tuple[dict[str, Any], int]:
+    """Return metadata as a JSON object, and its size in memory."""
+    taken = snapshot(value, rule)
+    metadata = taken.value
+    if taken.is_lossy or not isinstance(metadata, dict):
+        ledger.adjust("metadata")
+    if not isinstance(metadata, dict):
+        metadata = {"value": metadata}
+    return metadata, taken.size
 
 
 def take_time(value: object, now: int, ledger: Ledger) -> int:
@@ -80,34 +169,48 @@ def take_time(value: object, now: int, ledger: Ledger) -> int:
 
     A naive datetime is local time, as everywhere in Python, and counted as adjusted.
     """
-    if isinstance(value, datetime):
-        if value.tzinfo is None:
-            ledger.adjust("timestamp")
-        try:
-            return time_to_ns(value)
-        except (OverflowError, OSError, ValueError):
-            return now
+    try:
+        if isinstance(value, datetime):
+            moment = time_to_ns(value)
+            if value.tzinfo is None:
+                ledger.adjust("timestamp")
+            return moment
+    except Exception:  # noqa: BLE001, S110  the value's own code may raise anything
+        pass
     ledger.adjust("timestamp")
     return now
 
 
+# --- on the worker ---------------------------------------------------------------
+
+
 class Encoder:
-    """Turns records into the bytes of events; used by the delivering thread alone."""
+    """
+    Turns records into the bytes of events; used by the delivering thread alone.
+
+    Args:
+        config: The settings of the client.
+
+        rule: Which keys are sensitive.
+
+        ledger: Counts what is dropped and adjusted.
+
+        ids: Makes event ids; None for random UUIDs.
+    """
 
     def __init__(
         self, config: Config, rule: KeyRule, ledger: Ledger, ids: IdFactory | None
     ) -> None:
         self._ledger = ledger
         self._before_send: BeforeSend | None = config.before_send
-        self._max_bytes = int(config.max_event_bytes)
+        self._max_bytes = config.max_event_bytes
         self._ids = ids
         self._rule = rule
         self._project = {
             "project_id": config.project_id,
             "product_id": config.product_id,
         }
-        static = snapshot(config.metadata or {}, rule).value
-        self._static: Wire = static
+        self._static: Wire = snapshot(config.metadata or {}, rule).value
         named = {
             "service": config.service,
             "release": config.release,
@@ -122,27 +225,19 @@ class Encoder:
         """
         records = list(records)
         ids = [self._ids() for _ in records] if self._ids else new_ids(len(records))
-        encoded: list[tuple[bytes | None, Record]] = []
-        for record, event_id in zip(records, ids):
-            try:
-                wire = self.wire(record, event_id)
-                data = None if wire is None else self._bytes(wire)
-            except Exception as error:  # noqa: BLE001  one event must not cost the batch
-                self._ledger.drop("internal_error")
-                _diagnostics.internal_error(error)
-                data = None
-            encoded.append((data, record))
-        return encoded
+        return [
+            (self._encode(*pair), pair[0]) for pair in zip(records, ids, strict=True)
+        ]
 
-    def wire(self, record: Record, event_id: str) -> Wire | None:
-        """Return the wire form of *record*, ready to leave; None if it was dropped."""
-        wire = self._assemble(record, event_id)
-        if self._before_send is not None:
-            replaced = self._ask(wire)
-            if replaced is None:
-                return None
-            wire = replaced
-        return self._finish(wire)
+    def _encode(self, record: Record, event_id: str) -> bytes | None:
+        try:
+            assembled = self._assemble(record, event_id)
+            wire = self._ask(assembled, record[0])
+            return None if wire is None else self._bytes(self._finish(wire))
+        except Exception as error:  # noqa: BLE001  one event must not cost the batch
+            self._ledger.drop("internal_error")
+            _diagnostics.internal_error(error)
+            return None
 
     def _assemble(self, record: Record, event_id: str) -> Wire:
         time_ns, kind, session_id, request_id, inherited, fields, metadata, _ = record
@@ -159,94 +254,102 @@ class Encoder:
         reserved = self._reserved
         if request_id is not None:
             reserved = {**reserved, "request_id": request_id}
-        if metadata and not reserved.keys().isdisjoint(metadata):
+        merged = {**self._static, **inherited, **(metadata or {})}
+        if not reserved.keys().isdisjoint(merged):
             self._ledger.adjust("reserved_key")
-        wire["metadata"] = {
-            **self._static,
-            **inherited,
-            **(metadata or {}),
-            **reserved,
-        }
+        wire["metadata"] = {**merged, **reserved}
         return wire
 
-    def _ask(self, wire: Wire) -> Wire | None:
+    def _ask(self, wire: Wire, time_ns: int) -> Wire | None:
         """Return what the user's hook makes of the event; None drops it, counted."""
-        reason: DropReason = "before_send"
+        if self._before_send is None:
+            return wire
+        # The events of a session share its metadata; the hook gets a copy.
+        before = Event.from_wire({**wire, "metadata": _copy(wire["metadata"])})
         try:
-            event = self._before_send(Event.from_wire(wire))  # type: ignore[misc]
+            event: object = self._before_send(before)
             if event is None:
-                self._ledger.drop(reason)
+                self._ledger.drop("before_send")
                 return None
-            return self._checked(event, wire)
+            if isinstance(event, Event):
+                return self._checked(event, wire, time_ns)
+            problem = f"returned {type(event).__name__} rather than an Event or None"
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  a hook may raise anything
-            reason = "before_send_error"
-            self._ledger.drop(reason)
-            _diagnostics.note(
-                reason,
-                f"before_send raised {type(error).__name__}: the event is dropped, since "
-                "what the hook was to take out of it must not leave.",
-            )
-            return None
+            problem = f"raised {type(error).__name__}"
+        self._ledger.drop("before_send_error")
+        _diagnostics.note(
+            "before_send_error",
+            f"before_send {problem}: the event is dropped, since what the hook was to "
+            "take out of it must not leave.",
+        )
+        return None
 
-    def _checked(self, event: Event, before: Wire) -> Wire:
-        """Return the wire form of what the hook gave, converted as emit's arguments are."""
-        if not isinstance(event, Event):
-            msg = f"before_send must return an Event or None (got {type(event).__name__})"
-            raise TypeError(msg)
-        rule = KeyRule()
+    def _checked(self, event: Event, before: Wire, time_ns: int) -> Wire:
+        """Return the wire form of what the hook gave, converted as emit's arguments."""
         wire: Wire = {}
         for name, field in FIELDS.items():
             value = getattr(event, name)
-            if value is not None:
-                value, _ = take_field(name, value, rule, self._ledger)
+            if value is not None and value is not before.get(field.key):
+                value, _ = take_field(name, value, self._rule, self._ledger)
             if value is not None:
                 wire[field.key] = value
-        for key in ("event_id", "project_id", "product_id", "session.id", "event.type"):
-            wire.setdefault(key, before[key])
-        moment = event.timestamp
-        if moment is None or moment.tzinfo is None:
-            wire["event.timestamp"] = before["event.timestamp"]
-        else:
-            wire["event.timestamp"] = format_time(time_to_ns(moment))
-        wire["metadata"] = snapshot(event.metadata or {}, rule).value
+        for key in _REQUIRED:
+            wire[key] = wire.get(key) or before[key]
+        if event.timestamp is not None:
+            time_ns = take_time(event.timestamp, time_ns, self._ledger)
+        wire["event.timestamp"] = format_time(time_ns)
+        metadata: object = {} if event.metadata is None else event.metadata
+        wire["metadata"], _ = take_metadata(metadata, self._rule, self._ledger)
         return wire
 
     def _finish(self, wire: Wire) -> Wire:
         """Redact by pattern, then cut: a secret across the cut must still be seen."""
         finished: Wire = {}
         for key, value in wire.items():
-            if type(value) is str:
-                value = _clean(value)
-                if key not in IDS and key != "event.timestamp":
-                    width = _WIDTHS[key]
-                    value = self._cut(redact_text(value, self._rule), width)
-            elif key == "metadata":
-                value = self._finish_json(value)
-            finished[key] = value
+            if type(value) is str and key in _WIDTHS:
+                finished[key] = self._text(value, _WIDTHS[key])
+            else:
+                finished[key] = self._json(value) if key == "metadata" else value
         return finished
 
-    def _finish_json(self, value: Any) -> Any:
+    def _json(self, value: Any) -> Any:
         kind = type(value)
         if kind is str:
-            return self._cut(redact_text(_clean(value), self._rule), MAX_TEXT)
+            return self._text(value, MAX_TEXT)
         if kind is dict:
-            return {
-                self._cut(redact_text(_clean(key), self._rule), MAX_KEY): self._finish_json(item)
-                for key, item in value.items()
-            }
+            finished: Wire = {}
+            for key, item in value.items():
+                name = self._text(key, MAX_KEY)
+                if name in finished:  # two that differed in what was taken out
+                    name = f"{name} ({len(finished)})"
+                finished[name] = self._json(item)
+            return finished
         if kind is list:
-            return [self._finish_json(item) for item in value]
+            return [self._json(item) for item in value]
         if (kind is int or kind is float) and is_card_number(value):
-            return redact_text(str(int(value)))
+            return REDACTED
         return value
 
-    def _cut(self, text: str, width: int) -> str:
-        if len(text) <= width:
+    def _text(self, text: str, width: int) -> str:
+        """
+        Return *text* without secrets, and no longer than *width*.
+
+        The snapshot left a margin beyond the width.  If it cut there, the end of what
+        it left may be half a secret, which nothing but its place gives away.
+        """
+        is_part = len(text) >= width + MARGIN
+        text = _clean(text)
+        if is_part:
+            text = _OPEN_TOKEN.sub(REDACTED, text)
+        text = redact_text(text, self._rule)
+        if is_part and not text.endswith(REDACTED):
+            text = text[:-MARGIN]
+        elif len(text) <= width:
             return text
         self._ledger.adjust("event_cut")
-        mark = f"...[{len(text) - width} cut]" if width > _MARK_FROM else "..."
+        mark = _CUT if width > _MARK_FROM else "..."
         return text[: width - len(mark)] + mark
 
     def _bytes(self, wire: Wire) -> bytes | None:
@@ -264,10 +367,24 @@ class Encoder:
         return None
 
 
-_MARK_FROM = 100
-"""Widths below get the short mark: the long one would be most of the text."""
+_WIDTHS = {f.key: f.width for f in FIELDS.values() if f.width and not f.is_id}
+"""Of the texts, in characters."""
 
-_WIDTHS = {field.key: field.width for field in FIELDS.values()}
+_REQUIRED = ("event_id", "project_id", "product_id", "session.id", "event.type")
+_RESERVED = ("source", "service", "release", "environment", "request_id")
+
+_CUT = "...[cut]"
+_MARK_FROM = 100
+"""Texts no wider than this get a shorter mark: it would be most of the text."""
+
+_OPEN_TOKEN = re.compile(r"(?<![\w-])eyJ[A-Za-z0-9_.-]*\Z", re.ASCII)
+"""A JSON Web Token whose end was cut off, perhaps before the first of its dots."""
+
+
+def _copy(value: Any) -> Any:
+    if type(value) is dict:
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if type(value) is list else value
 
 
 def _clean(text: str) -> str:
@@ -290,18 +407,18 @@ def _clean(text: str) -> str:
 def _without_large_metadata(wire: Wire, excess: int) -> Wire:
     """Replace the largest values of the metadata by a mark until *excess* is gone."""
     metadata = dict(wire["metadata"])
-    sizes = {key: len(encode_json(value).encode()) for key, value in metadata.items()}
+    sizes = {
+        key: len(encode_json(value).encode())
+        for key, value in metadata.items()
+        if key not in _RESERVED
+    }
     for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
         if excess <= 0 or sizes[key] <= _MARK_FROM:
             break
         metadata[key] = f"[{sizes[key]} bytes cut]"
         excess -= sizes[key] - len(metadata[key]) - 2
     if excess > 0:  # too many small ones
-        metadata = {
-            key: metadata[key]
-            for key in ("source", "service", "release", "environment", "request_id")
-            if key in metadata
-        }
+        metadata = {key: metadata[key] for key in _RESERVED if key in metadata}
         metadata["..."] = f"[{len(sizes)} more cut]"
     return {**wire, "metadata": metadata}
 
@@ -309,8 +426,8 @@ def _without_large_metadata(wire: Wire, excess: int) -> Wire:
 def _without_long_texts(wire: Wire, excess: int) -> Wire:
     del excess
     return {
-        key: value[:_MARK_FROM] + "...[cut]"
-        if isinstance(value, str) and len(value) > 2 * _MARK_FROM and key not in IDS
+        key: value[:_MARK_FROM] + _CUT
+        if key in _WIDTHS and isinstance(value, str) and len(value) > 2 * _MARK_FROM
         else value
         for key, value in wire.items()
     }

@@ -12,12 +12,15 @@ import email.utils
 import json
 import random
 import re
-from collections.abc import Mapping
-from typing import Any
+from datetime import timezone
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from pgtrack.typing import Answer, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 __all__ = ["RetryPolicy", "classify", "parse_retry_after", "short_reason"]
 
@@ -49,6 +52,8 @@ def classify(
         now: Seconds since 1970, for a `Retry-After` that is a date.
     """
     if 200 <= status < 300:  # noqa: PLR2004
+        if headers.get("content-type", "").startswith("text/html"):
+            return Answer(verdict=Verdict.HOLD, reason=f"{status} with a web page")
         return Answer(verdict=Verdict.TAKEN, rejected=_rejections(body, count))
     reason = f"{status} {short_reason(body)}".rstrip()
     if status in _REFUSED:
@@ -58,7 +63,8 @@ def classify(
     if status in _RETRY or status >= 500:  # noqa: PLR2004
         after = parse_retry_after(headers.get("retry-after", ""), now)
         return Answer(verdict=Verdict.RETRY, reason=reason, retry_after=after)
-    # Redirects, 401, 403, 404 and the like speak of the address or the key.
+    # Redirects, 401, 403, 404 and the like speak of the address or the key, as does a
+    # page for people where an answer should be.
     return Answer(verdict=Verdict.HOLD, reason=reason)
 
 
@@ -88,8 +94,9 @@ def _rejections(body: bytes, count: int) -> dict[int, str]:
             reason = error.get("error")
             text = short_reason(reason) if isinstance(reason, str) else ""
             rejected.setdefault(index, text or _UNSPECIFIED)
-    if not rejected and answer.get("rejected") == count:
-        rejected = dict.fromkeys(range(count), _UNSPECIFIED)
+    total = answer.get("rejected")
+    if not rejected and type(total) is int and total == count:
+        return dict.fromkeys(range(count), _UNSPECIFIED)
     return rejected
 
 
@@ -104,7 +111,10 @@ def parse_retry_after(text: str, now: float) -> float | None:
         seconds = float(text[:9])
     else:
         try:
-            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
+            moment = email.utils.parsedate_to_datetime(text)
+            if moment.tzinfo is None:  # the old form of asctime, which is in UTC
+                moment = moment.replace(tzinfo=timezone.utc)
+            seconds = moment.timestamp() - now
         except (TypeError, ValueError, OverflowError, IndexError):
             return None
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
@@ -131,24 +141,23 @@ class RetryPolicy:
     most: float = 30.0
     first_probe: float = 5.0
     most_probe: float = 60.0
-    jitter: Any = random.random
+    jitter: Callable[[], float] = random.random
 
     def wait(self, attempt: int, retry_after: float | None) -> float:
         """
         Return the wait after the *attempt*-th failure in a row, counted from 0.
 
         Full jitter: anything from nothing to the bound, so that a fleet that failed
-        together does not return together.  `Retry-After` is a minimum.
+        together does not return together.  `Retry-After` is a minimum, and does
+        not make the waits shorter.
         """
         jittered = self.jitter() * self._bound(self.first, self.most, attempt)
-        if retry_after is None:
-            return float(jittered)
-        return float(retry_after + self.jitter() * self.first)
+        return (retry_after or 0.0) + jittered
 
     def probe(self, attempt: int) -> float:
-        """Return the wait before the next probe: half of the bound, half of it jitter."""
+        """Return the wait before the next probe: the bound, half of it jitter."""
         bound = self._bound(self.first_probe, self.most_probe, attempt)
-        return float(bound / 2 + self.jitter() * bound / 2)
+        return bound / 2 + self.jitter() * bound / 2
 
     @staticmethod
     def _bound(first: float, most: float, attempt: int) -> float:

@@ -12,30 +12,38 @@ strings, whose redaction by pattern is the worker's.
 
 from __future__ import annotations
 
-import base64
+import binascii
+import collections
 import collections.abc
-import dataclasses
 import datetime as dt
-import decimal
 import enum
 import itertools
 import math
 import operator
-import pathlib
 import sys
 import types
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from pgtrack._redaction import REDACTED, KeyRule
+from pgtrack._event import encode_json
+from pgtrack._keys import REDACTED, KeyRule
 
 if TYPE_CHECKING:
     from pgtrack.typing import JSONValue
 
-__all__ = ["KEEP_ALL", "MAX_DEPTH", "MAX_KEY", "MAX_TEXT", "MAX_VALUES", "Snapshot", "snapshot"]
+__all__ = [
+    "KEEP_ALL",
+    "MARGIN",
+    "MAX_DEPTH",
+    "MAX_KEY",
+    "MAX_TEXT",
+    "MAX_VALUES",
+    "SIZE_OF_NUMBER",
+    "Snapshot",
+    "snapshot",
+]
 
 MAX_TEXT = 16_384
 """Most characters of one string on the wire."""
@@ -55,9 +63,14 @@ MAX_DEPTH = 8
 MAX_VALUES = 2_000
 """Most values in one snapshot, over all levels."""
 
+MAX_SIZE = 1_000_000
+"""Bytes of one snapshot from which on further texts are left out."""
+
+SIZE_OF_NUMBER = 32
+"""What a number takes in memory, bytes."""
+
 _INT64 = range(-(2**63), 2**63)
-_SIZE_OF_NUMBER = 32
-_SIZE_OF_TEXT = 56
+_MAX_BITS = 1_000
 
 
 @attrs.frozen
@@ -134,35 +147,35 @@ class _Taker:
         try:
             return self._convert(value)
         except Exception:  # noqa: BLE001  the value's own code may raise anything
-            return self._mark(f"<unrepresentable {_name(kind)}>")
+            return self._mark(f"<unrepresentable {name_of(kind)}>")
 
     def _mark(self, text: str) -> str:
         self.is_lossy = True
-        self.size += _SIZE_OF_TEXT + len(text)
+        self.size += sys.getsizeof(text)
         return text
 
     def _text(self, text: str) -> str:
+        if self.size > MAX_SIZE:
+            return self._mark(f"[text of {len(text)} cut]")
         if len(text) > MAX_TEXT + MARGIN:
             self.is_lossy = True
             text = text[: MAX_TEXT + MARGIN]
-        self.size += _SIZE_OF_TEXT + len(text) * (1 if text.isascii() else 4)
+        self.size += sys.getsizeof(text)
         return text
 
     def _integer(self, number: int) -> JSONValue:
-        self.size += _SIZE_OF_NUMBER
+        self.size += SIZE_OF_NUMBER
         if number in _INT64:
             return number
-        if number.bit_length() > 1_000:
+        if number.bit_length() > _MAX_BITS:
             return self._mark(f"<integer of {number.bit_length()} bits>")
         return str(number)
 
     def _float(self, number: float) -> JSONValue:
-        self.size += _SIZE_OF_NUMBER
+        self.size += SIZE_OF_NUMBER
         if math.isfinite(number):
             return number
-        return self._mark(
-            "NaN" if number != number else "Infinity" if number > 0 else "-Infinity"
-        )
+        return self._mark(_NOT_FINITE[repr(number)])
 
     def _convert(self, value: object) -> JSONValue:
         if isinstance(value, enum.Enum):
@@ -170,8 +183,11 @@ class _Taker:
         for kinds, convert in _SCALARS:
             if isinstance(value, kinds):
                 return self.take(convert(value))
+        for module, name in _TEXTS:
+            if isinstance(value, getattr(sys.modules.get(module), name, ())):
+                return self.take(str(value))
         if len(self._path) >= MAX_DEPTH:
-            return self._mark(f"<{_name(type(value))} beyond depth {MAX_DEPTH}>")
+            return self._mark(f"<{name_of(type(value))} beyond depth {MAX_DEPTH}>")
         if id(value) in self._path:
             return self._mark("<cycle>")
         self._path.append(id(value))
@@ -180,17 +196,17 @@ class _Taker:
         finally:
             self._path.pop()
 
-    def _container(self, value: object) -> JSONValue:
+    def _container(self, value: object) -> JSONValue:  # noqa: PLR0911  one for each kind
         if isinstance(value, collections.abc.Mapping):
             return self._mapping(value.items(), len(value))
         if (fields := _fields(value)) is not None:
             return self._mapping(fields, len(fields))
         if isinstance(value, collections.abc.Set):
             return sorted(self._items(value, len(value)), key=repr)
-        if isinstance(value, collections.abc.Sequence):
+        if isinstance(value, _SEQUENCES):
             return self._items(value, len(value))
-        if (number := _number(value)) is not None:
-            return self.take(number)
+        if (plain := _plain(value)) is not _NOTHING:
+            return self.take(plain)
         if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
             return self._text(f"{value.__module__}.{value.__qualname__}")
         return self._text(str.__str__(repr(value)))
@@ -198,23 +214,24 @@ class _Taker:
     def _mapping(self, items: Iterable[Any], length: int) -> dict[str, JSONValue]:
         taken: dict[str, JSONValue] = {}
         is_sensitive = self._rule.is_sensitive
-        for key, value in self._bounded(items, length):
+        listed = self._bounded(items, length)
+        for key, value in listed:
             name = key if type(key) is str else self._key(key)
-            if len(name) > MAX_KEY:
+            if len(name) > MAX_KEY + MARGIN:
                 self.is_lossy = True
-                name = name[:MAX_KEY]
+                name = name[: MAX_KEY + MARGIN]
             self.size += len(name)
             taken[name] = REDACTED if is_sensitive(name) else self.take(value)
-        if length > len(taken):
-            self._left = 0
-            taken["..."] = self._mark(f"[{length - len(taken)} more cut]")
+        if length > len(listed):
+            taken["..."] = self._mark(f"[{length - len(listed)} more cut]")
         self.size += sys.getsizeof(taken)
         return taken
 
     def _items(self, items: Iterable[Any], length: int) -> list[JSONValue]:
-        taken = [self.take(item) for item in self._bounded(items, length)]
-        if length > len(taken):
-            taken.append(self._mark(f"[{length - len(taken)} more cut]"))
+        listed = self._bounded(items, length)
+        taken = [self.take(item) for item in listed]
+        if length > len(listed):
+            taken.append(self._mark(f"[{length - len(listed)} more cut]"))
         self.size += sys.getsizeof(taken)
         return taken
 
@@ -226,16 +243,12 @@ class _Taker:
         return list(itertools.islice(items, allowed))
 
     def _key(self, key: object) -> str:
-        if isinstance(key, str):
-            return str.__str__(key)
-        if isinstance(key, enum.Enum):
-            return self._key(key.value)
-        if key is None or isinstance(key, bool):
-            return {None: "null", True: "true", False: "false"}[key]
-        if isinstance(key, (int, float, uuid.UUID, dt.date)):
-            return str(key)[: MAX_KEY + 1]
-        self.is_lossy = True
-        return repr(key)[: MAX_KEY + 1]
+        """Return a key as JSON has it: what is no text goes by its JSON text."""
+        taken = self.take(key)
+        return taken if isinstance(taken, str) else encode_json(taken)
+
+
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 def _isoformat(value: Any) -> str:
@@ -246,8 +259,10 @@ def _bytes(value: Any) -> str:
     raw = bytes(value[: MAX_TEXT + MARGIN])
     try:
         return raw.decode()
-    except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(raw).decode("ascii")
+    except UnicodeDecodeError as error:
+        if len(raw) < len(value) and error.end == len(raw):  # cut within a character
+            return raw[: error.start].decode()
+        return "base64:" + binascii.b2a_base64(raw, newline=False).decode()
 
 
 def _exception(value: Any) -> str:
@@ -256,15 +271,20 @@ def _exception(value: Any) -> str:
 
 _SCALARS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (str, str.__str__),
+    (collections.UserString, str),
     (int, int.__int__),
     (float, float.__float__),
     ((dt.date, dt.time), _isoformat),
     (dt.timedelta, dt.timedelta.total_seconds),
-    ((uuid.UUID, decimal.Decimal, pathlib.PurePath), str),
     ((bytes, bytearray, memoryview), _bytes),
     (BaseException, _exception),
 )
 """How values that hold no others become text or numbers; the first match counts."""
+
+_TEXTS = (("uuid", "UUID"), ("decimal", "Decimal"), ("pathlib", "PurePath"))
+"""Modules and classes whose values are as good as their text; not loaded for it."""
+
+_SEQUENCES = (collections.abc.Sequence, collections.abc.ValuesView)
 
 
 def _fields(value: object) -> list[tuple[str, object]] | None:
@@ -272,8 +292,8 @@ def _fields(value: object) -> list[tuple[str, object]] | None:
     kind = type(value)
     if isinstance(value, tuple):
         names = getattr(kind, "_fields", None)
-    elif dataclasses.is_dataclass(kind):
-        names = [field.name for field in dataclasses.fields(kind)]
+    elif hasattr(kind, "__dataclass_fields__"):
+        names = [field.name for field in sys.modules["dataclasses"].fields(kind)]
     elif attrs.has(kind):
         names = [field.name for field in attrs.fields(kind)]
     elif callable(dump := getattr(kind, "model_dump", None)):  # pydantic
@@ -281,18 +301,29 @@ def _fields(value: object) -> list[tuple[str, object]] | None:
         return list(fields.items()) if isinstance(fields, Mapping) else None
     else:
         return None
-    return None if names is None else [(name, getattr(value, name)) for name in names]
+    if names is None:
+        return None
+    return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
 
 
-def _number(value: object) -> object:
-    """Return what NumPy's scalars and others say they are worth as numbers, or None."""
+_NOTHING = object()
+
+
+def _plain(value: Any) -> object:
+    """Return NumPy's values and foreign numbers as plain ones; else `_NOTHING`."""
     kind = type(value)
+    if hasattr(kind, "dtype") and hasattr(kind, "tolist"):
+        return value.tolist() if value.size <= MAX_VALUES else repr(value)
     if hasattr(kind, "__index__"):
-        return operator.index(value)  # type: ignore[call-overload, no-any-return]
+        return operator.index(value)
     if hasattr(kind, "__float__"):
-        return float(value)  # type: ignore[arg-type]
-    return None
+        return float(value)
+    return _NOTHING
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def name_of(kind: type) -> str:
+    """Return the full name of a class, whatever its metaclass makes of names."""
+    try:
+        return f"{kind.__module__}.{kind.__qualname__}"[:MAX_KEY]
+    except Exception:  # noqa: BLE001  the metaclass's own code may raise anything
+        return "object"

@@ -15,32 +15,42 @@ import gzip
 import platform
 import socket
 import threading
-import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from pgtrack._clock import SYSTEM_CLOCK
+from pgtrack._config import is_loopback
 from pgtrack._retry import classify, short_reason
 from pgtrack.typing import Answer, Verdict
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Iterator, Sequence
 
     import httpcore
     import httpx
 
     from pgtrack._config import Config
 
-__all__ = ["HttpTransport", "allow_imports", "forget_imports", "hold_imports", "importing"]
+__all__ = [
+    "HttpTransport",
+    "allow_imports",
+    "forget_imports",
+    "hold_imports",
+    "importing",
+]
 
 _COMPRESS_FROM = 8 * 1024
 _COMPRESS_LEVEL = 6
 _MAX_ANSWER = 1024 * 1024
+_WRITE_AT_ONCE = 16 * 1024
 _COMPRESSION_REFUSED = frozenset({400, 415})
 
-_import_lock = threading.Lock()
+# Reentrant, for an import may itself fork: it may start a program.
+_import_lock = threading.RLock()
 
 
 @contextmanager
@@ -68,7 +78,7 @@ def allow_imports() -> None:
 def forget_imports() -> None:
     """Start with a free lock, whoever held it; after a fork, in the child."""
     global _import_lock  # noqa: PLW0603  a lock cannot be released for a dead thread
-    _import_lock = threading.Lock()
+    _import_lock = threading.RLock()
 
 
 class HttpTransport:
@@ -103,7 +113,7 @@ class HttpTransport:
             plain, status = self._post(body, count)
             if plain.verdict is Verdict.TAKEN:
                 self._takes_gzip = False  # proven: the batch was fine, only packed
-            return _with_bytes(plain, plain.sent_bytes + len(packed))
+            return attrs.evolve(plain, sent_bytes=plain.sent_bytes + len(packed))
         return self._post(body, count)[0]
 
     def _is_worth_compressing(self, body: bytes) -> bool:
@@ -128,28 +138,26 @@ class HttpTransport:
             headers["Content-Encoding"] = encoding
         if self._config.api_key is not None:
             headers["X-PG-API-Key"] = self._config.api_key
-        left = self._exchange.left()
+        timeout = httpx.Timeout(self._exchange.left()).as_dict()
         request = httpx.Request(
             "POST",
             str(self._config.endpoint),
             content=body,
             headers=headers,
-            extensions={"timeout": httpx.Timeout(left).as_dict()},
+            extensions={"timeout": timeout},
         )
         try:
             response = http.handle_request(request)
             status, text = response.status_code, self._read(response)
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
-            reason = type(error).__name__
-            cause = short_reason(str(error))
-            reason = f"{reason} {cause}".rstrip()
+            reason = f"{type(error).__name__} {short_reason(str(error))}".rstrip()
             return Answer(verdict=Verdict.RETRY, reason=reason), 0
-        answer_headers = {name.lower(): v for name, v in response.headers.items()}
-        answer = classify(status, answer_headers, text, count, time.time())
-        return _with_bytes(answer, len(body)), status
+        now = SYSTEM_CLOCK.time_ns() / 1e9
+        answer = classify(status, response.headers, text, count, now)
+        return attrs.evolve(answer, sent_bytes=len(body)), status
 
     def _read(self, response: httpx.Response) -> bytes:
-        """Read the body up to a bound, and leave the connection fit for reuse if whole."""
+        """Read the body up to a bound; read whole, the connection can be used again."""
         chunks, size = [], 0
         try:
             for chunk in response.stream:  # type: ignore[union-attr]
@@ -177,28 +185,26 @@ class HttpTransport:
         # a byte now and then would hold the worker for ever.  httpcore lets its network
         # backend be replaced; httpx has no argument for it.
         pool: Any = transport._pool  # noqa: SLF001
-        pool._network_backend = _backend(pool._network_backend, self._exchange)  # noqa: SLF001
+        inner = pool._network_backend  # noqa: SLF001
+        pool._network_backend = _backend(inner, self._exchange)  # noqa: SLF001
         return transport
 
     def abort(self) -> None:
         """Cut the exchange that is under way, from another thread."""
         self._exchange.abort()
 
+    def disown(self) -> None:
+        """Give up the parent's connection in a forked child, without a word on it."""
+        sock = self._exchange.socket
+        if sock is not None:
+            with suppress(OSError):  # the host may have closed what it did not know
+                sock.close()
+
     def close(self) -> None:
         """Close the connection."""
         if self._http is not None:
             self._http.close()
             self._http = self._given
-
-
-def _with_bytes(answer: Answer, sent_bytes: int) -> Answer:
-    return Answer(
-        verdict=answer.verdict,
-        reason=answer.reason,
-        retry_after=answer.retry_after,
-        rejected=answer.rejected,
-        sent_bytes=sent_bytes,
-    )
 
 
 def _user_agent() -> str:
@@ -210,7 +216,7 @@ def _user_agent() -> str:
 def _ssl_context(config: Config) -> ssl.SSLContext:
     import ssl  # noqa: PLC0415  not needed before the first batch
 
-    import httpx  # noqa: PLC0415
+    import httpx  # noqa: PLC0415  loaded with the first batch
 
     if urllib.parse.urlsplit(str(config.endpoint)).scheme == "http":
         # Never used; the default one would read all of the machine's certificates.
@@ -228,13 +234,11 @@ def _proxy(config: Config) -> str | None:
     """Return the proxy of the settings, else of the environment; none to loopback."""
     from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415
 
-    from pgtrack._config import is_loopback  # noqa: PLC0415
-
     if config.proxy is not None:
         return config.proxy
     url = urllib.parse.urlsplit(str(config.endpoint))
     host = url.hostname or ""
-    if is_loopback(host) or proxy_bypass(host):
+    if is_loopback(host) or proxy_bypass(url.netloc):
         return None
     proxies = getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
@@ -267,16 +271,25 @@ class _Exchange:
             raise httpcore.ReadTimeout(msg)
         return left if timeout is None else min(timeout, left)
 
+    @contextmanager
+    def handshake(self) -> Iterator[None]:
+        """Keep a handle on the connection, which a handshake takes from its socket."""
+        sock = self.socket
+        if type(sock) is not socket.socket:  # TLS within TLS leaves the socket as it is
+            yield
+            return
+        with sock.dup() as handle:
+            self.socket = handle
+            yield
+
     def abort(self) -> None:
         self._deadline = 0.0
         sock = self.socket
         if sock is not None:
-            try:
+            with suppress(OSError):  # closed meanwhile
                 # Not the method of an SSLSocket, which would drop its TLS state while
                 # the other thread reads through it.
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-            except OSError:
-                pass  # closed meanwhile
 
 
 def _backend(inner: httpcore.NetworkBackend, exchange: _Exchange) -> Any:
@@ -292,7 +305,10 @@ def _backend(inner: httpcore.NetworkBackend, exchange: _Exchange) -> Any:
             return self._stream.read(max_bytes, exchange.bound(timeout))
 
         def write(self, buffer: bytes, timeout: float | None = None) -> None:
-            self._stream.write(buffer, exchange.bound(timeout))
+            # Piece by piece: the stream begins a new wait with each that gets through.
+            for start in range(0, len(buffer), _WRITE_AT_ONCE):
+                piece = buffer[start : start + _WRITE_AT_ONCE]
+                self._stream.write(piece, exchange.bound(timeout))
 
         def close(self) -> None:
             exchange.socket = None
@@ -305,15 +321,16 @@ def _backend(inner: httpcore.NetworkBackend, exchange: _Exchange) -> Any:
             timeout: float | None = None,
         ) -> Stream:
             timeout = exchange.bound(timeout)
-            return Stream(
-                self._stream.start_tls(ssl_context, server_hostname, timeout)
-            )
+            with exchange.handshake():
+                return Stream(
+                    self._stream.start_tls(ssl_context, server_hostname, timeout)
+                )
 
         def get_extra_info(self, info: str) -> Any:
             return self._stream.get_extra_info(info)
 
     class Backend(httpcore.NetworkBackend):
-        def connect_tcp(  # noqa: PLR0913  httpcore's signature
+        def connect_tcp(
             self,
             host: str,
             port: int,

@@ -2,74 +2,49 @@
 The worker: takes records off the queue, and sees each to its end.
 
 One thread a client, started with the first event.  It takes what the queue holds,
-encodes it, and works on that *line* of parcels until each event was delivered,
+encodes it, and works on that line of parcels until each event was delivered,
 rejected or given up; then it takes more.  So the order of emission is kept, and
 what waits stays in the bounded queue.  Any thread can do the work in its place:
 at the end of a process no thread can be started, and the caller delivers itself.
 
-What becomes of a parcel:
-
-- taken: counted, with the rejected positions by the endpoint's reasons;
-- to be retried: waits, with exponential backoff, full jitter and `Retry-After`;
-- too large, or refused: halved, down to the one event that is at fault;
-- held (a wrong key or address): probed slowly, until `retry_for`.
-
-An endpoint that refuses several events in a row, each on its own, without taking any,
-refuses everything.  Then the events are not at fault: they are kept, and one
-parcel at a time is sent as a probe until one is taken.
+What callers tell the worker are flags, set before they wake it; whatever else it knows
+belongs to the thread that holds `_delivering`.
 """
 
 from __future__ import annotations
 
-import collections
 import contextvars
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
-
-import attrs
+from typing import TYPE_CHECKING, Literal
 
 from pgtrack import _diagnostics
 from pgtrack._clock import Signal
 from pgtrack._context import SUPPRESSED, push
-from pgtrack._ledger import DropReason, Ledger
+from pgtrack._line import Line, pack
 from pgtrack._queue import NEVER, BoundedQueue, Marker
-from pgtrack._record import Encoder, Record
-from pgtrack._retry import RetryPolicy
 from pgtrack.typing import Answer, Clock, Transport, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from pgtrack._config import Config
+    from pgtrack._ledger import Ledger
+    from pgtrack._record import Encoder, Record
+    from pgtrack._retry import RetryPolicy
 
 __all__ = ["Worker"]
 
 _MAX_BATCH = 1_000
 """Most events of a request, by ProductGraph's documentation and source."""
 
-_MAX_BISECTIONS = 256
-"""Most splits of one line before refused parcels are rejected whole."""
-
-_SUSPECTS = 5
-"""Refusals of single events in a row, none taken, that mean the endpoint refuses all."""
-
 _JOIN = 0.05
 """Seconds that a thread gets to count what it was cut off from."""
 
+_LOOK_AGAIN = 0.02
+"""Seconds after which a flush looks again who delivers, while a thread is starting."""
 
-@attrs.define(eq=False)
-class _Parcel:
-    """Events that are sent together: their bytes, and what each holds in memory."""
-
-    events: list[bytes]
-    sizes: list[int]
-    first_try: float | None = None
-
-    def halves(self) -> tuple[_Parcel, _Parcel]:
-        middle = (len(self.events) + 1) // 2
-        return (
-            _Parcel(self.events[:middle], self.sizes[:middle], self.first_try),
-            _Parcel(self.events[middle:], self.sizes[middle:], self.first_try),
-        )
+_AFTER_ERROR = 30.0
+"""Seconds to wait after an error of our own, so that it does not come in a storm."""
 
 
 class Worker:
@@ -88,8 +63,6 @@ class Worker:
         policy: How long to wait between attempts.
 
         clock: Tells the time and waits.
-
-        on_start: Called when a process starts its thread.
     """
 
     def __init__(
@@ -101,15 +74,12 @@ class Worker:
         ledger: Ledger,
         policy: RetryPolicy,
         clock: Clock,
-        on_start: Callable[[], None],
     ) -> None:
-        self._config = config
         self._encoder = encoder
         self._make_transport = transport
         self._ledger = ledger
         self._policy = policy
         self._clock = clock
-        self._on_start = on_start
         self._batch_size = config.batch_size
         self._batch_interval = float(config.batch_interval)
         self._max_batch_bytes = int(config.max_batch_bytes)
@@ -130,30 +100,33 @@ class Worker:
         self._transport = self._make_transport()
         self._is_immediate = getattr(self._transport, "is_immediate", False)
         self._signal = Signal()
-        # Held by whoever delivers; never waited for.
+        # Held by whoever delivers.  Only our own thread waits for it, when it starts.
         self._delivering = threading.Lock()
         # Held while a thread is started; never waited for.
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._deliverer: int | None = None
-        self._markers: list[Marker] = []
-        self._line: collections.deque[_Parcel] = collections.deque()
-        self._suspects: list[tuple[bytes, int, str]] = []
-        self._refused_in_a_row = 0
-        self._refuses_all = False
-        self._bisections = 0
-        self._attempts = 0
-        self._retry_at = 0.0
-        self._is_wait_mandated = False
-        self._since: float | None = None
-        self._is_urgent = False
+        # Told by callers.
         self._is_hurried = False
-        self._deadline: float | None = None
-        self._is_abandoned = False
         self._is_retired = False
+        self._is_abandoned = False
+        self._deadline: float | None = None
+        # Known to whoever delivers.
+        self._line = Line(
+            ledger=self._ledger,
+            release=self.queue.release,
+            policy=self._policy,
+            retry_for=self._retry_for,
+        )
+        self._markers: list[Marker] = []
+        self._since: float | None = None
+        self._is_open = True
 
     def start_over(self) -> None:
         """Forget what is the parent's; called in a forked child."""
+        disown = getattr(self._transport, "disown", None)
+        if disown is not None:
+            disown()
         self.queue.reset()
         self._ledger.reset()
         self._begin()
@@ -161,13 +134,17 @@ class Worker:
     # --- called by any thread ---
 
     def _wake(self) -> None:
+        if self._is_abandoned:
+            self._drop_queued()  # whoever put it had not seen yet that all is closed
+            return
         self._signal.give()
         if not self._has_thread:
             self._start()
 
     @property
     def _has_thread(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def _start(self) -> None:
         """Start the thread; where none can be had, leave the work to a flush."""
@@ -183,7 +160,6 @@ class Worker:
                 )
                 thread.start()
                 self._thread = thread
-                self._on_start()
         except RuntimeError:
             self.queue.wake_at = len(self.queue) + self._batch_size
         finally:
@@ -203,12 +179,20 @@ class Worker:
         deadline = self._clock.monotonic() + timeout
         marker = Marker()
         self.queue.mark(marker)
-        self._is_urgent = self._is_hurried = True
+        self._is_hurried = True
         self._wake()
-        if not self._has_thread:
-            self._deliver_until(marker, deadline)
-            return marker.is_reached
-        return marker.wait(timeout) or self._ledger.pending.value == 0
+        while not marker.is_reached:
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                break
+            if self._has_thread:
+                marker.wait(left)
+                break
+            if self._delivering.acquire(blocking=False):
+                contextvars.Context().run(self._deliver_here, marker, deadline)
+                break
+            marker.wait(min(left, _LOOK_AGAIN))
+        return marker.is_reached or self._ledger.pending.value == 0
 
     def close(self, timeout: float) -> bool:
         """
@@ -216,78 +200,80 @@ class Worker:
         """
         if self.is_own_thread:
             return False
-        was_closed = self.queue.is_closed
         self.queue.is_closed = True
         self._deadline = self._clock.monotonic() + timeout
         is_flushed = self.flush(timeout)
-        if was_closed and is_flushed:
-            return True
         self._is_abandoned = True
         if not is_flushed:
-            self._transport.abort()
-            self._drop_queued()
+            self._tell_transport("abort")
         self._signal.give()
-        if self._thread is not None and self._has_thread:
-            self._thread.join(_JOIN)
+        thread = self._thread
+        if thread is not None:
+            thread.join(_JOIN)
+        if self._delivering.acquire(blocking=False):
+            try:
+                self._finish()
+            finally:
+                self._delivering.release()
         else:
-            contextvars.Context().run(self._run)
+            self._drop_queued()  # the rest is with a thread that hangs
         return is_flushed
 
     def retire(self) -> None:
         """Take no more events, and stop in the background when all have ended."""
         self.queue.is_closed = True
-        self._is_retired = self._is_urgent = True
+        self._is_retired = True
         if self._ledger.pending.value:
             self._wake()
-        self._signal.give()
+        else:
+            self._signal.give()
 
     def _drop_queued(self) -> None:
         while (item := self.queue.take()) is not None:
-            if not isinstance(item, Marker):
-                self._end([item[-1]], "shutdown")
+            if isinstance(item, Marker):
+                item.reach()
+            else:
+                self._ledger.drop("shutdown")
+                self.queue.release(item[-1])
 
     # --- called by whoever delivers ---
 
     def _run(self) -> None:
-        """Deliver until the worker is closed."""
-        if not self._delivering.acquire(blocking=False):
-            return
+        """Deliver until there is no more to come."""
+        with self._delivering:
+            self._deliverer = threading.get_ident()
+            push(SUPPRESSED)
+            try:
+                while not self._is_abandoned:
+                    delay = self._step_safely()
+                    if delay is None and self._is_retired:
+                        break
+                    self._wait(delay)
+                self._finish()
+            finally:
+                self._deliverer = None
+                self._thread = None
+                self.queue.wake_at = 1
+        if len(self.queue):  # put while this thread was no longer looking
+            self._wake()
+
+    def _deliver_here(self, marker: Marker, deadline: float) -> None:
+        """Deliver on the calling thread, in place of one that cannot be had."""
         self._deliverer = threading.get_ident()
         push(SUPPRESSED)
-        try:
-            while not self._is_abandoned:
-                delay = self._step_safely()
-                if delay is None and self._is_retired:
-                    break
-                self._wait(delay)
-            self._abandon()
-            self._transport.close()
-            _diagnostics.tell()
-        finally:
-            self._deliverer = None
-            self._delivering.release()
-
-    def _deliver_until(self, marker: Marker, deadline: float) -> None:
-        """Deliver on the calling thread, in place of a worker that cannot be had."""
-        if not self._delivering.acquire(blocking=False):
-            return
-        self._deliverer = threading.get_ident()
         before, self._deadline = self._deadline, deadline
         try:
-            contextvars.Context().run(self._deliver_here, marker, deadline)
+            while not (marker.is_reached or self._is_abandoned):
+                delay = self._step_safely()
+                left = deadline - self._clock.monotonic()
+                if left <= 0 or delay is None or delay > left:
+                    break
+                self._wait(delay)
         finally:
             self._deadline = before
             self._deliverer = None
+            self.queue.wake_at = 1
             self._delivering.release()
-
-    def _deliver_here(self, marker: Marker, deadline: float) -> None:
-        push(SUPPRESSED)
-        while not marker.is_reached and self._clock.monotonic() < deadline:
-            delay = self._step_safely()
-            left = deadline - self._clock.monotonic()
-            if delay is None or delay > left:
-                break
-            self._wait(delay)
 
     def _wait(self, delay: float | None) -> None:
         _diagnostics.tell()
@@ -297,9 +283,9 @@ class Worker:
     def _step_safely(self) -> float | None:
         try:
             return self._step()
-        except Exception as error:  # noqa: BLE001  the thread must outlive our own errors
+        except Exception as error:  # noqa: BLE001  the thread must outlive our errors
             _diagnostics.internal_error(error)
-            return self._policy.most
+            return _AFTER_ERROR
 
     def _step(self) -> float | None:
         """
@@ -309,49 +295,39 @@ class Worker:
         """
         now = self._clock.monotonic()
         if self._line:
-            wait = self._retry_at - now
+            wait = self._line.wait(now)
             if wait > 0 and not self._may_hurry():
                 return wait
             self._attempt()
             return 0.0
-        wait_or_none = self._until_due(now)
-        if wait_or_none is not None and wait_or_none <= 0:
+        due_in = self._due_in(now)
+        if due_in is not None and due_in <= 0:
             self._load(_MAX_BATCH)
             return 0.0
-        return wait_or_none
+        return due_in
 
     def _may_hurry(self) -> bool:
-        """Whether a flush asks for an attempt before its time, once."""
-        if self._is_hurried and not self._is_wait_mandated:
-            self._is_hurried = False
-            return True
-        return False
+        """Whether a flush asks for an attempt before its time."""
+        return self._is_hurried and not self._line.is_told_when
 
-    def _until_due(self, now: float) -> float | None:
+    def _due_in(self, now: float) -> float | None:
         """Return how long the queue may still collect, and ask to be woken before."""
         queue = self.queue
         length = len(queue)
         if length == 0:
-            self._is_urgent = False
             self._since = None
-            return self._arm(1)
+            return self._unless_reached(1, None)
+        if queue.is_marked or self._is_retired or self._is_immediate:
+            return 0.0
         if self._since is None:
             self._since = now
-        is_due = self._is_urgent or self._is_immediate
-        if is_due or length >= self._batch_size:
-            return 0.0
         wait = self._since + self._batch_interval - now
-        if wait <= 0:
-            return 0.0
-        return 0.0 if self._arm(self._batch_size) == 0 else wait
+        return self._unless_reached(self._batch_size, wait)
 
-    def _arm(self, length: int) -> float | None:
-        """Ask to be woken at a *length*; 0 if it was reached meanwhile."""
+    def _unless_reached(self, length: int, wait: float | None) -> float | None:
+        """Return *wait*, to be woken at a *length*; 0 if that is reached already."""
         self.queue.wake_at = length
-        if len(self.queue) >= length:
-            self.queue.wake_at = NEVER
-            return 0.0
-        return None
+        return 0.0 if len(self.queue) >= length else wait
 
     def _load(self, most: int) -> None:
         """Take up to *most* records off the queue, up to a marker, into the line."""
@@ -366,220 +342,68 @@ class Worker:
                 self._markers.append(item)
                 break
             records.append(item)
-        self._line.extend(self._pack(self._encoder.encode(records)))
-        self._after_line()
+        self._line.extend(pack(self._encode(records), self._max_batch_bytes))
+        self._reach_markers()
 
-    def _pack(
-        self, encoded: Iterable[tuple[bytes | None, Record]]
-    ) -> Iterable[_Parcel]:
-        """Group events into parcels under the bound of bytes."""
-        parcel = _Parcel([], [])
-        size = 0
-        for data, record in encoded:
+    def _encode(self, records: Sequence[Record]) -> Iterator[tuple[bytes, int]]:
+        """Yield the bytes of each event, and its size in the bound of the queue."""
+        for data, record in self._encoder.encode(records):
             if data is None:  # dropped and counted by the encoder
                 self.queue.release(record[-1])
-                continue
-            if parcel.events and size + len(data) + 1 > self._max_batch_bytes:
-                yield parcel
-                parcel, size = _Parcel([], []), 0
-            parcel.events.append(data)
-            parcel.sizes.append(record[-1])
-            size += len(data) + 1
-        if parcel.events:
-            yield parcel
+            else:
+                yield data, record[-1]
 
     def _attempt(self) -> None:
-        """Send the first parcel of the line once, and act on the answer."""
-        if self._refuses_all:
-            self._put_probe_first()
-        parcel = self._line[0]
+        """Send what is next in the line once, and let it settle the answer."""
+        self._is_hurried = False
+        self._is_open = True
+        if self._line.is_refused:
+            self._load(1)  # a new event is the best to ask with
         now = self._clock.monotonic()
-        if parcel.first_try is None:
-            parcel.first_try = now
         timeout = self._timeout
         if self._deadline is not None:
             timeout = min(timeout, max(self._deadline - now, 0.001))
-        answer = self._send(parcel.events, timeout)
+        answer = self._send(self._line.next(now).events, timeout)
         self._ledger.sent_bytes.add(answer.sent_bytes)
-        if answer.verdict is not Verdict.TAKEN:
+        if answer.verdict is Verdict.TAKEN:
+            self._ledger.batches.add(1)
+            self._ledger.last_success_ns = self._clock.time_ns()
+        else:
             self._ledger.last_error = answer.reason
-        self._act(parcel, answer)
-        self._after_line()
+        self._line.settle(answer, self._clock.monotonic())
+        self._reach_markers()
 
     def _send(self, events: Sequence[bytes], timeout: float) -> Answer:
         try:
-            return self._transport.send(events, timeout)
-        except Exception as error:  # noqa: BLE001  a user's transport may raise anything
-            _diagnostics.internal_error(error)
-            return Answer(verdict=Verdict.RETRY, reason=type(error).__name__)
+            answer: object = self._transport.send(events, timeout)
+            if isinstance(answer, Answer):
+                return answer
+            reason = f"an answer of type {type(answer).__name__}"
+        except (Exception, SystemExit) as error:  # noqa: BLE001  it may be a user's
+            reason = type(error).__name__
+        reason = f"{reason} from {type(self._transport).__name__}"
+        return Answer(verdict=Verdict.RETRY, reason=reason)
 
-    def _act(self, parcel: _Parcel, answer: Answer) -> None:
-        verdict = answer.verdict
-        if verdict is Verdict.TAKEN:
-            self._taken(parcel, answer)
-        elif verdict is Verdict.RETRY:
-            wait = self._policy.wait(self._attempts, answer.retry_after)
-            is_mandated = answer.retry_after is not None
-            self._postpone(answer, wait, is_mandated=is_mandated)
-        elif verdict is Verdict.HOLD:
-            self._hold(answer)
-        elif verdict is Verdict.LOST:
-            self._line.popleft()
-            self._end(parcel.sizes, "endpoint_lost")
-            self._tell_loss(answer)
-        elif verdict is Verdict.TOO_LARGE and len(parcel.events) == 1:
-            self._line.popleft()
-            self._end(parcel.sizes, "too_large")
-            self._tell_loss(answer)
-        elif verdict is Verdict.REFUSED and self._refuses_all:
-            self._hold(answer)
-        elif len(parcel.events) > 1:
-            self._split(parcel, answer)
-        else:
-            self._suspect(parcel, answer)
-
-    # --- what becomes of a parcel ---
-
-    def _taken(self, parcel: _Parcel, answer: Answer) -> None:
-        self._line.popleft()
-        self._attempts = 0
-        self._retry_at = 0.0
-        self._is_hurried = False
-        self._ledger.batches.add(1)
-        self._ledger.last_success_ns = self._clock.time_ns()
-        rejected = answer.rejected
-        for reason in rejected.values():
-            self._reject(reason)
-        accepted = len(parcel.events) - len(rejected)
-        self._ledger.delivered.add(accepted)
-        self._release(parcel.sizes)
-        if accepted:
-            self._is_taking()
-
-    def _is_taking(self) -> None:
-        """The endpoint takes events: those it refused alone are at fault themselves."""
-        self._refused_in_a_row = 0
-        if self._refuses_all:
-            self._refuses_all = False
-        else:
-            self._reject_suspects()
-
-    def _suspect(self, parcel: _Parcel, answer: Answer) -> None:
-        """Put a refused event aside until it is clear whether all are refused."""
-        self._line.popleft()
-        self._suspects.append((parcel.events[0], parcel.sizes[0], answer.reason))
-        self._refused_in_a_row += 1
-        if self._refused_in_a_row >= _SUSPECTS:
-            self._refuses_all = True
-            events, sizes, _ = zip(*self._suspects)
-            self._suspects.clear()
-            held = _Parcel(list(events), list(sizes), parcel.first_try)
-            self._line.appendleft(held)
-            self._attempts = 0
-            self._hold(answer)
-        elif not self._line:
-            self._reject_suspects()
-
-    def _reject_suspects(self) -> None:
-        for _, size, reason in self._suspects:
-            self._reject(reason)
-            self._release([size])
-        self._suspects.clear()
-
-    def _put_probe_first(self) -> None:
-        """While all is refused, probe with a new event, or else with the next parcel."""
-        self._line.rotate(-1)
-        waiting = len(self._line)
-        self._load(1)
-        if len(self._line) > waiting:
-            self._line.rotate(1)
-
-    def _split(self, parcel: _Parcel, answer: Answer) -> None:
-        self._line.popleft()
-        self._bisections += 1
-        if self._bisections > _MAX_BISECTIONS:
-            for _ in parcel.events:
-                self._reject(f"{answer.reason} (not isolated)")
-            self._release(parcel.sizes)
-            return
-        self._line.extendleft(reversed(parcel.halves()))
-
-    def _hold(self, answer: Answer) -> None:
-        """Keep everything and probe slowly: the endpoint is at fault, not the events."""
-        self._postpone(answer, self._policy.probe(self._attempts), is_mandated=False)
-
-    def _postpone(self, answer: Answer, wait: float, *, is_mandated: bool) -> None:
-        now = self._clock.monotonic()
-        self._give_up_old(now)
-        self._ledger.retries.add(1)
-        self._attempts += 1
-        if self._line:
-            first_try = self._line[0].first_try
-            if not is_mandated and first_try is not None:
-                wait = min(wait, max(first_try + self._retry_for - now, 0.001))
-        self._retry_at = now + wait
-        self._is_wait_mandated = is_mandated
-        _diagnostics.note(
-            f"not delivered {answer.verdict.value}",
-            f"pgtrack could not deliver events ({answer.reason}). They are kept and "
-            f"sent again; {self._ledger.pending.value:,} wait.",
-        )
-
-    def _give_up_old(self, now: float) -> None:
-        """Drop the parcels whose first try is longer ago than `retry_for`."""
-        kept = []
-        for parcel in self._line:
-            first_try = parcel.first_try
-            if first_try is not None and now - first_try >= self._retry_for:
-                self._end(parcel.sizes, "retry_expired")
-                _diagnostics.note(
-                    "retry_expired",
-                    f"pgtrack gave up events after {self._retry_for:g} s of retries; "
-                    "they are counted in pgtrack.stats().dropped['retry_expired'].",
-                    40,
-                )
-            else:
-                kept.append(parcel)
-        self._line = collections.deque(kept)
-
-    def _after_line(self) -> None:
+    def _reach_markers(self) -> None:
         """Once nothing is left of what was taken, those who wait for it may go on."""
-        if self._line or self._suspects:
-            return
-        self._bisections = 0
-        for marker in self._markers:
-            marker.reach()
-        self._markers.clear()
+        while self._markers and not self._line:
+            self._markers.pop().reach()
 
-    def _abandon(self) -> None:
-        """Drop what is left after the last deadline."""
-        for parcel in self._line:
-            self._end(parcel.sizes, "shutdown")
-        self._line.clear()
-        self._reject_suspects()
-        self._drop_queued()
-        self._after_line()
+    def _finish(self) -> None:
+        """Close the connection; what is left after the last deadline is dropped."""
+        if self._is_abandoned:
+            self._line.give_up("shutdown")
+            self._reach_markers()
+            self.queue.wake_at = 1  # who puts something yet is to see to it himself
+            self._drop_queued()
+        if self._is_open:
+            self._is_open = False
+            self._tell_transport("close")
+        _diagnostics.tell()
 
-    # --- counting ---
-
-    def _reject(self, reason: str) -> None:
-        self._ledger.reject(reason)
-        _diagnostics.note(
-            "rejected",
-            f"the endpoint rejected events for good ({reason}); they are counted in "
-            "pgtrack.stats().rejected.",
-        )
-
-    def _end(self, sizes: Sequence[int], reason: DropReason) -> None:
-        self._ledger.drop(reason, len(sizes))
-        self._release(sizes)
-
-    def _release(self, sizes: Sequence[int]) -> None:
-        for size in sizes:
-            self.queue.release(size)
-
-    def _tell_loss(self, answer: Answer) -> None:
-        _diagnostics.note(
-            f"lost {answer.verdict.value}",
-            f"pgtrack dropped events: {answer.verdict.value} ({answer.reason}).",
-        )
+    def _tell_transport(self, verb: Literal["abort", "close"]) -> None:
+        try:
+            getattr(self._transport, verb)()
+        except Exception as error:  # noqa: BLE001  it may be a user's
+            name = f"{type(self._transport).__name__}.{verb}"
+            _diagnostics.note(name, f"{name} raised {type(error).__name__}.")

@@ -2,7 +2,7 @@
 Every error that pgtrack raises.
 
     PgtrackError
-    ├── ConfigError            (also a ValueError)   a setting, argument or variable is wrong
+    ├── ConfigError            (also a ValueError)   a setting or variable is wrong
     ├── InvalidEventError      (also a ValueError)   a wire object is not an event
     ├── MissingDependencyError (also an ImportError) an extra is not installed
     └── TransportError         an endpoint could not be used

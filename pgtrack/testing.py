@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from pgtrack import _api
 from pgtrack._client import Client, Sink
-from pgtrack._clock import Signal, new_id
 from pgtrack._config import Config
+from pgtrack._context import suppress
 from pgtrack._event import Event, decode_json, time_to_ns
 from pgtrack.typing import Answer, Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from typing_extensions import Unpack
 
+    from pgtrack._clock import Signal
     from pgtrack._config import ConfigOptions
     from pgtrack._ledger import Ledger
     from pgtrack._record import Encoder, Record
@@ -88,38 +90,36 @@ class Events(list[Event]):
 class _List(Sink):
     """Keeps events instead of sending them."""
 
-    def __init__(
-        self, encoder: Encoder, ledger: Ledger, events: Events, ids: IdFactory | None
-    ) -> None:
+    def __init__(self, encoder: Encoder, ledger: Ledger, events: Events) -> None:
         self._encoder = encoder
         self._ledger = ledger
         self._events = events
-        self._ids = ids or new_id
 
     def put(self, record: Record) -> bool:
-        wire = self._encoder.wire(record, self._ids())
-        if wire is None:
+        with suppress():  # as in the worker's thread, `before_send` may emit
+            ((data, _),) = self._encoder.encode([record])
+        if data is None:
             return False
-        self._events.append(Event.from_wire(wire))
+        self._events.append(Event.from_wire(decode_json(data)))
         self._ledger.delivered.add(1)
         return True
 
     def flush(self, timeout: float) -> bool:
+        del timeout
         return True
 
     def close(self, timeout: float) -> bool:
+        del timeout
         return True
 
     def retire(self) -> None:
         pass
 
-    def start_over(self) -> None:
-        self._events.clear()
-        self._ledger.reset()
-
 
 class _CapturingClient(Client):
     """A client without a thread or a network."""
+
+    is_pinned = True
 
     def __init__(
         self,
@@ -130,14 +130,13 @@ class _CapturingClient(Client):
         ids: IdFactory | None,
     ) -> None:
         self._events = events
-        self._ids = ids
         super().__init__(config, clock=clock, ids=ids)
 
     def _make_sink(
         self, encoder: Encoder, transport: Callable[[], Transport] | None
     ) -> Sink:
         del transport
-        return _List(encoder, self._ledger, self._events, self._ids)
+        return _List(encoder, self._ledger, self._events)
 
 
 @contextmanager
@@ -150,8 +149,9 @@ def capture(
     """
     Capture the events of the default client, from all threads, in a list.
 
-    Events are as they would leave: redacted, cut, seen by `before_send`.  The environment
-    has no say.  Blocks may be nested; the innermost captures.
+    Events are as they would leave: redacted, cut, seen by `before_send`.  The
+    environment has no say, and `configure`, which the code under test may call, checks
+    its options and changes nothing.  Blocks may be nested; the innermost captures.
 
     Args:
         clock: Stamps the events, instead of the machine's clock (or freezegun's).
@@ -261,7 +261,7 @@ class FakeClock:
         """Move both times on, and wake whoever has waited long enough."""
         with self._condition:
             self._monotonic += seconds
-            self._time_ns += timedelta(seconds=seconds) // timedelta(microseconds=1) * 1000
+            self._time_ns += round(seconds * 1e6) * 1000
             for signal, until in list(self._waiting.items()):
                 if until is not None and until <= self._monotonic:
                     del self._waiting[signal]
@@ -269,6 +269,8 @@ class FakeClock:
 
     def wait(self, signal: Signal, timeout: float | None) -> None:
         """Wait until *signal* is given or *timeout* has been advanced."""
+        if timeout is not None and timeout <= 0:
+            return
         with self._condition:
             until = None if timeout is None else self._monotonic + timeout
             self._waiting[signal] = until

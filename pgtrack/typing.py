@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import attrs
 
@@ -29,9 +29,9 @@ __all__ = [
     "Verdict",
 ]
 
-JSONValue: TypeAlias = Union[
-    None, bool, int, float, str, list["JSONValue"], dict[str, "JSONValue"]
-]
+JSONValue: TypeAlias = (
+    "bool | int | float | str | list[JSONValue] | dict[str, JSONValue] | None"
+)
 """What JSON can carry."""
 
 EventType: TypeAlias = Literal[
@@ -100,7 +100,7 @@ class Answer:
         sent_bytes: What went over the wire, after compression.
     """
 
-    verdict: Verdict
+    verdict: Verdict = attrs.field(validator=attrs.validators.instance_of(Verdict))
     reason: str = ""
     retry_after: float | None = None
     rejected: Mapping[int, str] = attrs.field(factory=dict)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pgtrack import _api, _context, _diagnostics
+from pgtrack import Stats, _api, _context, _diagnostics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +24,11 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No default client, no correlation, no memory of log lines; our errors are raised."""
+def _fresh_kit(
+    monkeypatch: pytest.MonkeyPatch,
+    _no_leaked_thread: None,  # looks when this one has closed the clients
+) -> Iterator[None]:
+    """No default client, no correlation, no log lines kept; our errors are raised."""
     monkeypatch.setattr(_diagnostics, "reraise", True)
     _diagnostics._notes.clear()
     _diagnostics._quiet_until.clear()
@@ -36,15 +39,18 @@ def _fresh_kit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for used in (*_api._retired, *([] if client is None else [client])):
         used.close(0.0)
     _api._retired.clear()
+    _api._past = Stats()
     _context.switch(None)
 
 
 @pytest.fixture(autouse=True)
-def _no_leaked_thread(_fresh_kit: None) -> Iterator[None]:
+def _no_leaked_thread() -> Iterator[None]:
     """Every thread that a test started has ended with it."""
     before = set(threading.enumerate())
     yield
     deadline = time.monotonic() + 5
     for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("Trio thread"):
+            continue  # trio keeps idle threads for some seconds
         thread.join(max(deadline - time.monotonic(), 0))
         assert not thread.is_alive(), f"{thread.name} was left running"

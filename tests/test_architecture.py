@@ -20,6 +20,8 @@ LAYERS = {
         "_event",
         "_limits",
         "_propagation",
+        "_cards",
+        "_keys",
         "_redaction",
         "_retry",
         "_snapshot",

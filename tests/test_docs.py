@@ -16,7 +16,7 @@ import pgtrack
 import pgtrack.testing
 import pgtrack.typing
 from harness import ProductGraph, run_script
-from pgtrack import _client, _config, _event, _ledger, _redaction, _retry, exceptions
+from pgtrack import _client, _config, _event, _keys, _ledger, _retry, exceptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -339,7 +339,7 @@ def test_the_list_of_redacted_keys_is_shown() -> None:
     section = text.partition("\n### The built-in keys\n")[2]
     shown = section.split("```")[1].partition("\n")[2]
 
-    assert list(_redaction.DEFAULT_KEYS) == " ".join(shown.split()).split(", ")
+    assert list(_keys.DEFAULT_KEYS) == " ".join(shown.split()).split(", ")
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,10 @@ class TestContinuedFrom:
 
 
 class TestTrustUserHeader:
+    """
+    Whom to believe about the user.
+    """
+
     def test_setting(self) -> None:
         """With `trust_user_header` the user is read, and still no journey."""
         with capture(trust_user_header=True), pgtrack.continued_from(ALL):
@@ -316,7 +320,7 @@ class TestTrustUserHeader:
 
 @pytest.mark.parametrize("headers", [7, [1, 2], [("one",)], object()])
 def test_what_is_no_headers(headers: Any) -> None:
-    """What is no mapping and no pairs makes a session of its own, and raises nothing."""
+    """What is no mapping and no pairs raises nothing: the session is new."""
     with capture() as events, pgtrack.continued_from(headers):
         pgtrack.emit("custom")
 

@@ -7,6 +7,7 @@ Stand in for the other side of the wire, and run code side by side, forked or af
   `redirect` and `poison`.
 - `start_together`, `in_fork` and `run_script`: threads, a forked child, a fresh
   interpreter.
+- `interrupts`: a function called in the middle of another, at each bytecode.
 - `load_vectors` and `body_of`: the examples in `tests/vectors`.
 
 It needs the standard library alone and nothing of pgtrack, so it cannot share its
@@ -26,6 +27,7 @@ from .faults import (
     redirect,
     status,
 )
+from .interrupts import Interrupt, interrupts
 from .productgraph import VERSIONS, ProductGraph, Reply, Request
 from .runners import ChildError, in_fork, run_script, start_together
 from .server import Exchange, Server, Step, Wire
@@ -35,6 +37,7 @@ __all__ = [
     "VERSIONS",
     "ChildError",
     "Exchange",
+    "Interrupt",
     "ProductGraph",
     "Reply",
     "Request",
@@ -49,6 +52,7 @@ __all__ = [
     "garbage",
     "hang",
     "in_fork",
+    "interrupts",
     "load_vectors",
     "poison",
     "redirect",

@@ -1,0 +1,345 @@
+"""
+The line: what was taken off the queue, and what becomes of it.
+
+Pure policy: no thread, no network, no clock.  Events travel in parcels, in the order of
+emission; the worker sends the `next` one and lets the line `settle` the answer.  A
+parcel is
+
+- taken: counted, with the rejected positions by the endpoint's reasons;
+- to be sent again: after a wait by exponential backoff, full jitter and `Retry-After`;
+- held (a wrong key or address): probed slowly, until `retry_for`;
+- too large: halved, down to the one event that is;
+- refused: halved under a budget, down to the events that are at fault.
+
+Whose fault a refusal is, the endpoint does not say.  An event that was refused alone is
+rejected if the endpoint took another one since the last wait, or if nothing is
+left to ask with.  Until then it is a *suspect*.  Several suspects in a row mean that
+the endpoint refuses everything.  Then all are kept, and it is asked slowly, by
+one event at a time, until it takes one; that one overtakes the others.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from typing import TYPE_CHECKING
+
+import attrs
+
+from pgtrack import _diagnostics
+from pgtrack.typing import Answer, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from pgtrack._ledger import DropReason, Ledger
+    from pgtrack._retry import RetryPolicy
+
+__all__ = ["Line", "Parcel", "pack"]
+
+_MAX_SPLITS = 256
+"""Most splits of one line before refused parcels are rejected whole."""
+
+_SUSPECTS = 5
+"""Refusals of single events in a row, none taken, that mean: all are refused."""
+
+_SHORTEST_WAIT = 0.001
+
+_ENVELOPE = len(b'{"events":[]}') - 1
+"""Bytes of a request around its events, each with a comma but for the last."""
+
+
+@attrs.define(eq=False)
+class Parcel:
+    """
+    Events that are sent together.
+
+    Attributes:
+        events: Their bytes.
+
+        sizes: What each counts for in the bound of the queue.
+
+        first_try: When they were first sent, alone or with others.
+
+        refusal: For a suspect, why it was refused.
+    """
+
+    events: list[bytes]
+    sizes: list[int]
+    first_try: float | None = None
+    refusal: str = ""
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    def split(self, at: int) -> tuple[Parcel, Parcel]:
+        """Return the events before and from the position *at*."""
+        return (
+            Parcel(self.events[:at], self.sizes[:at], self.first_try),
+            Parcel(self.events[at:], self.sizes[at:], self.first_try),
+        )
+
+
+def pack(encoded: Iterable[tuple[bytes, int]], max_bytes: int) -> Iterator[Parcel]:
+    """Group events, each with its size, into parcels of requests of *max_bytes*."""
+    parcel, length = Parcel([], []), _ENVELOPE
+    for data, size in encoded:
+        length += len(data) + 1
+        if parcel and length > max_bytes:
+            yield parcel
+            parcel, length = Parcel([], []), _ENVELOPE + len(data) + 1
+        parcel.events.append(data)
+        parcel.sizes.append(size)
+    if parcel:
+        yield parcel
+
+
+class Line:
+    """
+    The parcels that are under way; used by the delivering thread alone.
+
+    Args:
+        ledger: Counts where each event went.
+
+        release: Called with the size of each event that came to its end.
+
+        policy: How long to wait between attempts.
+
+        retry_for: Seconds after its first try that a parcel is given up.
+
+    Attributes:
+        is_refused: Whether the endpoint refuses everything.
+
+        is_told_when: Whether the present wait is the endpoint's wish.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        release: Callable[[int], None],
+        policy: RetryPolicy,
+        retry_for: float,
+    ) -> None:
+        self._ledger = ledger
+        self._release = release
+        self._policy = policy
+        self._retry_for = retry_for
+        self._parcels: collections.deque[Parcel] = collections.deque()
+        self._suspects: collections.deque[Parcel] = collections.deque()
+        self._probe: Parcel | None = None
+        self.is_refused = False
+        self.is_told_when = False
+        self._has_taken = False
+        self._refusals = 0
+        self._splits = 0
+        self._failures = 0
+        self._next_try = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._parcels or self._suspects)
+
+    def extend(self, parcels: Iterable[Parcel]) -> None:
+        """Append *parcels*."""
+        self._parcels.extend(parcels)
+
+    def wait(self, now: float) -> float:
+        """Return the seconds until the next attempt; none are left if not above 0."""
+        return self._next_try - now
+
+    def next(self, now: float) -> Parcel:
+        """Return the parcel to send now; it stays in the line until it is settled."""
+        if self.is_refused and not (self._parcels and self._parcels[0] is self._probe):
+            self._put_newest_first()
+            self._probe = self._parcels[0]
+        parcel = self._parcels[0]
+        if parcel.first_try is None:
+            parcel.first_try = now
+        return parcel
+
+    def _put_newest_first(self) -> None:
+        """
+        Choose what to ask with: the newest event, or else the oldest suspect.
+
+        Events that are at fault come in a row, so the far end is the best to ask with.
+        """
+        if not self._parcels:
+            self._parcels.append(self._suspects.popleft())
+            return
+        newest = self._parcels.pop()
+        if len(newest) > 1:
+            others, newest = newest.split(len(newest) - 1)
+            self._parcels.append(others)
+        self._parcels.appendleft(newest)
+
+    def settle(self, answer: Answer, now: float) -> None:
+        """Do what *answer* to the parcel sent means."""
+        parcel = self._parcels.popleft()
+        self._next_try = now
+        self.is_told_when = False
+        match answer.verdict:
+            case Verdict.TAKEN:
+                self._take(parcel, answer)
+            case Verdict.RETRY:
+                self._parcels.appendleft(parcel)
+                wait = self._policy.wait(self._failures, answer.retry_after)
+                self.is_told_when = answer.retry_after is not None
+                self._postpone(answer, wait, now)
+            case Verdict.HOLD:
+                self._parcels.appendleft(parcel)
+                self._hold(answer, now)
+            case Verdict.LOST:
+                self._lose(parcel, "endpoint_lost", answer)
+            case Verdict.TOO_LARGE if len(parcel) == 1:
+                self._lose(parcel, "too_large", answer)
+            case Verdict.TOO_LARGE:
+                self._halve(parcel)
+            case Verdict.REFUSED if len(parcel) > 1:
+                self._search(parcel, answer)
+            case _:  # refused alone
+                self._suspect(parcel, answer, now)
+        if not self._parcels and not self.is_refused:
+            self._reject_suspects()
+            self._has_taken = False
+            self._splits = 0
+
+    def give_up(self, reason: DropReason) -> None:
+        """Drop everything."""
+        for parcel in (*self._suspects, *self._parcels):
+            self._drop(parcel, reason)
+        self._suspects.clear()
+        self._parcels.clear()
+
+    # --- taken, in part or whole ---
+
+    def _take(self, parcel: Parcel, answer: Answer) -> None:
+        self._failures = 0
+        count = len(parcel)
+        rejected = [r for i, r in answer.rejected.items() if 0 <= i < count]
+        for reason in rejected:
+            self._count_rejected(reason)
+        self._ledger.delivered.add(count - len(rejected))
+        self._free(parcel)
+        if len(rejected) < count:
+            self._trust()
+
+    def _trust(self) -> None:
+        """Blame those that were refused alone: the endpoint does take events."""
+        self._has_taken = True
+        self._refusals = 0
+        if self.is_refused:
+            # Time has passed since they were refused: each gets another chance.
+            self.is_refused = False
+            self._parcels.extendleft(reversed(self._suspects))
+            self._suspects.clear()
+        else:
+            self._reject_suspects()
+
+    # --- refused ---
+
+    def _halve(self, parcel: Parcel) -> None:
+        self._parcels.extendleft(reversed(parcel.split((len(parcel) + 1) // 2)))
+
+    def _search(self, parcel: Parcel, answer: Answer) -> None:
+        """Halve in search of the event that is refused, as long as the budget lasts."""
+        if self._splits < _MAX_SPLITS:
+            self._splits += 1
+            self._halve(parcel)
+        else:
+            self._reject(parcel, f"{answer.reason} (not isolated)")
+
+    def _suspect(self, parcel: Parcel, answer: Answer, now: float) -> None:
+        """Put aside an event that was refused alone, until it is clear whose fault."""
+        if self._has_taken:
+            self._reject(parcel, answer.reason)
+            return
+        parcel.refusal = answer.reason
+        self._suspects.append(parcel)
+        self._refusals += 1
+        if self.is_refused:
+            self._hold(answer, now)
+        elif self._refusals >= _SUSPECTS:
+            self.is_refused = True  # the newest event may still disprove it, at once
+
+    def _reject_suspects(self) -> None:
+        for parcel in self._suspects:
+            self._reject(parcel, parcel.refusal)
+        self._suspects.clear()
+
+    # --- kept ---
+
+    def _hold(self, answer: Answer, now: float) -> None:
+        """Keep everything and ask slowly: the endpoint is at fault, not the events."""
+        self._postpone(answer, self._policy.probe(self._failures), now)
+
+    def _postpone(self, answer: Answer, wait: float, now: float) -> None:
+        self._failures += 1
+        self._has_taken = False
+        self._ledger.retries.add(1)
+        self._parcels = self._without_expired(self._parcels, now)
+        self._suspects = self._without_expired(self._suspects, now)
+        first_tries = [
+            parcel.first_try
+            for parcel in (*self._suspects, *self._parcels)
+            if parcel.first_try is not None
+        ]
+        if first_tries and not self.is_told_when:
+            # One last attempt when the oldest is to be given up, not long after it.
+            left = min(first_tries) + self._retry_for - now
+            wait = min(wait, max(left, _SHORTEST_WAIT))
+        self._next_try = now + wait
+        _diagnostics.note(
+            f"not delivered: {answer.verdict.value}",
+            f"pgtrack could not deliver events ({answer.reason}). They are kept and "
+            f"sent again; {self._ledger.pending.value:,} wait.",
+        )
+
+    def _without_expired(
+        self, parcels: Iterable[Parcel], now: float
+    ) -> collections.deque[Parcel]:
+        """Drop those first tried `retry_for` ago, and return the others."""
+        kept: collections.deque[Parcel] = collections.deque()
+        for parcel in parcels:
+            first_try = parcel.first_try
+            if first_try is None or now - first_try < self._retry_for:
+                kept.append(parcel)
+                continue
+            self._drop(parcel, "retry_expired")
+            _diagnostics.note(
+                "retry_expired",
+                f"pgtrack gave up events after {self._retry_for:g} s of retries; they "
+                "are counted in pgtrack.stats().dropped['retry_expired'].",
+                logging.ERROR,
+            )
+        return kept
+
+    # --- ended ---
+
+    def _reject(self, parcel: Parcel, reason: str) -> None:
+        for _ in parcel.events:
+            self._count_rejected(reason)
+        self._free(parcel)
+
+    def _count_rejected(self, reason: str) -> None:
+        self._ledger.reject(reason)
+        _diagnostics.note(
+            "rejected",
+            f"the endpoint rejected events for good ({reason}); they are counted in "
+            "pgtrack.stats().rejected.",
+        )
+
+    def _lose(self, parcel: Parcel, reason: DropReason, answer: Answer) -> None:
+        self._drop(parcel, reason)
+        _diagnostics.note(
+            reason,
+            f"pgtrack dropped events: {answer.verdict.value} ({answer.reason}); they "
+            f"are counted in pgtrack.stats().dropped[{reason!r}].",
+        )
+
+    def _drop(self, parcel: Parcel, reason: DropReason) -> None:
+        self._ledger.drop(reason, len(parcel))
+        self._free(parcel)
+
+    def _free(self, parcel: Parcel) -> None:
+        for size in parcel.sizes:
+            self._release(size)
