@@ -310,7 +310,7 @@ class continued_from(Block[SessionRun]):  # noqa: N801  a verb, used as `with ..
             _diagnostics.note(
                 "headers",
                 "continued_from() needs a mapping or pairs of header names and values "
-                f"(got {kind}, which raised {type(error).__name__}); the session is new.",
+                f"(got {kind}: {type(error).__name__}). The session is a new one.",
             )
             incoming = _propagation.Incoming()
         for field in incoming.refused:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pgtrack import _diagnostics, _errors, _process
 from pgtrack._clock import SYSTEM_CLOCK
-from pgtrack._console import ConsoleTransport
 from pgtrack._context import (
     Frame,
     current_frame,
@@ -23,7 +22,6 @@ from pgtrack._context import (
     process_session_id,
 )
 from pgtrack._event import KEYWORDS, EventFields, StepFields
-from pgtrack._file import FileTransport
 from pgtrack._keys import KeyRule
 from pgtrack._ledger import AdjustedReason, DropReason, Ledger, Stats
 from pgtrack._limits import RateLimit, is_sampled
@@ -101,9 +99,13 @@ def transport_of(config: Config) -> Transport:
     """Return the transport for the endpoint of *config*."""
     endpoint = str(config.endpoint)
     if endpoint.startswith("console:"):
+        from pgtrack._console import ConsoleTransport  # noqa: PLC0415  one of three
+
         name = endpoint.removeprefix("console:") or "stdout"
         return ConsoleTransport(name)  # type: ignore[arg-type]
     if endpoint.startswith("file:"):
+        from pgtrack._file import FileTransport  # noqa: PLC0415  one of three
+
         return FileTransport(endpoint.removeprefix("file:"))
     return HttpTransport(config)
 
@@ -150,6 +152,8 @@ class Client:
         self.is_closed = False
         self._sink: Sink | None = None
         if config.enabled:
+            if config.debug:
+                _diagnostics.show_details()
             encoder = Encoder(config, self._rule, self._ledger, ids)
             self._sink = self._make_sink(encoder, transport)
 
@@ -452,7 +456,10 @@ class Client:
             True if each of those events was delivered, rejected or dropped; False if
             some are still pending.  In `before_send` False at once.
         """
-        return self._sink is None or self._sink.flush(timeout)
+        if self._sink is None:
+            _diagnostics.tell()  # as the sinks do
+            return True
+        return self._sink.flush(timeout)
 
     def close(self, timeout: float = 5.0) -> bool:
         """

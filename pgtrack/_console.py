@@ -2,8 +2,8 @@
 A transport to a person: the endpoints `console:`, `console:stdout`, `console:stderr`.
 
 It does not wait for a batch: `is_immediate` tells the worker to deliver as soon as
-there is something.  What people read is laid out for them by `_layout`, so it is no format
-to parse and may change.
+there is something.  What people read is laid out for them by `_layout`, so it is no
+format to parse and may change.
 """
 
 from __future__ import annotations

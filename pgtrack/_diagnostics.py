@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pgtrack._clock import SYSTEM_CLOCK
 
-__all__ = ["internal_error", "note", "tell"]
+__all__ = ["detail", "internal_error", "note", "show_details", "tell"]
 
 logger = logging.getLogger("pgtrack")
 
@@ -57,6 +57,23 @@ def tell() -> None:
         if message:  # else another thread was faster
             with suppress(Exception):  # a filter or handler of the host's
                 logger.log(level, message)
+
+
+def detail(message: str, *values: object) -> None:
+    """Write a line for whoever asked for details; from the delivering thread only."""
+    with suppress(Exception):  # a filter or handler of the host's
+        logger.debug(message, *values)
+
+
+def show_details() -> None:
+    """
+    Show the lines of `detail`: for the setting `debug`.
+
+    On standard error, where the host has set up no logging that would show them.
+    """
+    logger.setLevel(logging.DEBUG)
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
 
 
 def internal_error(error: BaseException) -> None:

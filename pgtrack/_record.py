@@ -16,12 +16,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pgtrack import _diagnostics
-from pgtrack._cards import is_card_number
 from pgtrack._clock import format_time, new_ids
 from pgtrack._context import is_request_id, is_session_id, is_user_id
 from pgtrack._event import FIELDS, Event, Wire, encode_json, time_to_ns
 from pgtrack._keys import REDACTED, KeyRule
-from pgtrack._redaction import redact_text
 from pgtrack._snapshot import (
     MARGIN,
     MAX_KEY,
@@ -201,6 +199,12 @@ class Encoder:
     def __init__(
         self, config: Config, rule: KeyRule, ledger: Ledger, ids: IdFactory | None
     ) -> None:
+        # Slow to import, for their patterns; needed by enabled clients alone.
+        from pgtrack._cards import is_card_number  # noqa: PLC0415
+        from pgtrack._redaction import redact_text  # noqa: PLC0415
+
+        self._is_card_number = is_card_number
+        self._redact_text = redact_text
         self._ledger = ledger
         self._before_send: BeforeSend | None = config.before_send
         self._max_bytes = config.max_event_bytes
@@ -328,7 +332,7 @@ class Encoder:
             return finished
         if kind is list:
             return [self._json(item) for item in value]
-        if (kind is int or kind is float) and is_card_number(value):
+        if (kind is int or kind is float) and self._is_card_number(value):
             return REDACTED
         return value
 
@@ -343,7 +347,7 @@ class Encoder:
         text = _clean(text)
         if is_part:
             text = _OPEN_TOKEN.sub(REDACTED, text)
-        text = redact_text(text, self._rule)
+        text = self._redact_text(text, self._rule)
         if is_part and not text.endswith(REDACTED):
             text = text[:-MARGIN]
         elif len(text) <= width:

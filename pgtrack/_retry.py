@@ -72,10 +72,17 @@ _ODD = re.compile(r"[^ -~]+")
 
 
 def short_reason(text: bytes | str) -> str:
-    """Return the first words of an endpoint's text, fit for a log line and a key."""
+    """
+    Return the first words of an endpoint's text, fit for a log line and a key.
+
+    It may quote what was sent, so it is redacted as that was.
+    """
+    from pgtrack._redaction import redact_text  # noqa: PLC0415  slow to import
+
     if isinstance(text, bytes):
         text = text[: 4 * _REASON_LENGTH].decode("utf-8", "replace")
-    return _ODD.sub(" ", text[: 4 * _REASON_LENGTH]).strip()[:_REASON_LENGTH].rstrip()
+    text = _ODD.sub(" ", redact_text(text[: 4 * _REASON_LENGTH]))
+    return text.strip()[:_REASON_LENGTH].rstrip()
 
 
 def _rejections(body: bytes, count: int) -> dict[int, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import platform
 import socket
+import sys
 import threading
 import urllib.parse
 from contextlib import contextmanager, suppress
@@ -99,6 +100,10 @@ class HttpTransport:
         self._http: httpx.BaseTransport | None = http
         self._exchange = _Exchange()
         self._takes_gzip = config.compression != "none"
+        if "gevent" in sys.modules:
+            # Its resolver imports this with the first look-up, which may be at exit,
+            # when the module can no longer be imported.
+            import concurrent.futures.thread  # noqa: F401, PLC0415
 
     def send(self, events: Sequence[bytes], timeout: float) -> Answer:
         """Post *events* once; a compressed body that is refused is sent again plain."""
@@ -174,6 +179,7 @@ class HttpTransport:
 
         # What a first request would import on its way, outside of `importing`.
         "localhost".encode("idna")
+        short_reason("")
         config = self._config
         limits = httpx.Limits(
             max_connections=1, max_keepalive_connections=1, keepalive_expiry=60.0

@@ -363,7 +363,12 @@ class Worker:
         timeout = self._timeout
         if self._deadline is not None:
             timeout = min(timeout, max(self._deadline - now, 0.001))
-        answer = self._send(self._line.next(now).events, timeout)
+        events = self._line.next(now).events
+        answer = self._send(events, timeout)
+        _diagnostics.detail(
+            "pgtrack sent %d events (%d bytes): %s %s",
+            *(len(events), answer.sent_bytes, answer.verdict.value, answer.reason),
+        )
         self._ledger.sent_bytes.add(answer.sent_bytes)
         if answer.verdict is Verdict.TAKEN:
             self._ledger.batches.add(1)

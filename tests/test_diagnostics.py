@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from harness import start_together
+from harness import run_script, start_together
 from pgtrack import _diagnostics
 from pgtrack._clock import SystemClock
 
@@ -151,3 +151,52 @@ def test_under_test_an_internal_error_is_raised() -> None:
     """The project's own tests see what a host would not."""
     with pytest.raises(ZeroDivisionError):
         _diagnostics.internal_error(ZeroDivisionError())
+
+
+class TestDetails:
+    """
+    The setting `debug`.
+    """
+
+    def test_shown(self) -> None:
+        """With `debug` each attempt has its line on standard error, without payload."""
+        script = """
+        import pgtrack
+        with pgtrack.Client(
+            pgtrack.Config(project_id="p", endpoint="console:", debug=True)
+        ) as client:
+            client.emit("custom", name="hello")
+        """
+        ended = run_script(script)
+
+        assert "hello" in ended.stdout
+        assert ended.stderr.startswith("pgtrack sent 1 events (")
+        assert "hello" not in ended.stderr
+
+    def test_shown_where_the_host_logs(self) -> None:
+        """Where the host has set up logging, the lines go there and nowhere else."""
+        script = """
+        import logging, sys
+        import pgtrack
+        logging.basicConfig(stream=sys.stdout, format="host %(levelname)s %(message)s")
+        with pgtrack.Client(
+            pgtrack.Config(project_id="p", endpoint="console:stderr", debug=True)
+        ) as client:
+            client.emit("custom")
+        """
+        ended = run_script(script)
+
+        assert ended.stdout.startswith("host DEBUG pgtrack sent 1 events (")
+
+    def test_silent(self) -> None:
+        """Without it, nothing is said of what goes well."""
+        script = """
+        import pgtrack
+        with pgtrack.Client(
+            pgtrack.Config(project_id="p", endpoint="console:")
+        ) as client:
+            client.emit("custom")
+        """
+        ended = run_script(script)
+
+        assert "" == ended.stderr
