@@ -25,10 +25,11 @@ from pgtrack._context import (
     push,
     switch,
 )
+from pgtrack._observe import F, observe
 from pgtrack._snapshot import KEEP_ALL, snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
 
     from typing_extensions import Unpack
@@ -85,10 +86,6 @@ class Activation:
 
 
 A = TypeVar("A", bound=Activation)
-F = TypeVar(
-    "F",
-    bound="Callable[..., Any] | classmethod[Any, Any, Any] | staticmethod[Any, Any]",
-)
 
 
 class Block(abc.ABC, Generic[A]):
@@ -150,8 +147,6 @@ class Block(abc.ABC, Generic[A]):
 
     def __call__(self, function: F) -> F:
         """Decorate *function*: each call is a run of the block."""
-        from pgtrack._decorators import observe  # noqa: PLC0415  it is above us
-
         return observe(function, self.activate, self)
 
     def _innermost(self) -> A:

@@ -176,6 +176,10 @@ class Worker:
             return False
         if self._ledger.pending.value == 0:
             return True
+        thread = self._thread
+        if self._is_abandoned and thread is not None:
+            thread.join(timeout)  # it has yet to count what it was cut off from
+            return self._ledger.pending.value == 0
         deadline = self._clock.monotonic() + timeout
         marker = Marker()
         self.queue.mark(marker)

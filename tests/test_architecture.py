@@ -43,6 +43,7 @@ LAYERS = {
         "_api",
         "_blocks",
         "_decorators",
+        "_observe",
         "_pytest_plugin",
         "testing",
     },
@@ -55,7 +56,7 @@ THIRD_PARTIES = {
     "httpcore": {"_transport"},
     "pytest": {"_pytest_plugin"},
     "trio": {"_client"},
-    "wrapt": {"_decorators"},
+    "wrapt": {"_observe"},
 }
 """What may be imported from outside of the standard library; None: anywhere."""
 
