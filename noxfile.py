@@ -49,19 +49,26 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run all tests, and keep the coverage data for `coverage`."""
     session.install(".[tests]")
-    _measure(session)
+    with _without_sources(session):
+        session.run(
+            *("coverage", "run", "-m", "pytest"),
+            *session.posargs,
+            env={"COVERAGE_FILE": str(ROOT / ".coverage")},
+        )
 
 
 @nox.session(python=PYTHONS)
 def kit(session: nox.Session) -> None:
-    """Run the kit's own tests with no framework installed; keep the coverage data."""
+    """Run the kit's own tests, with no framework installed."""
     session.install(".[kit]")
-    _measure(session, *(f"--ignore=tests/{folder}" for folder in BEYOND_THE_KIT))
+    others = (f"--ignore=tests/{folder}" for folder in BEYOND_THE_KIT)
+    with _without_sources(session):
+        session.run("pytest", *others, *session.posargs)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Combine what `tests` and `kit` measured, and demand all lines and branches."""
+    """Combine what `tests` measured, and demand all lines and branches."""
     session.install("coverage[toml]")
     session.run("coverage", "combine")
     session.run("coverage", "report", "--fail-under=100")
@@ -84,17 +91,6 @@ def docs(session: nox.Session) -> None:
         # 5: no docstring holds an example.
         doctests = ("--doctest-modules", "--pyargs", "pgtrack")
         session.run("pytest", *doctests, success_codes=[0, 5])
-
-
-def _measure(session: nox.Session, *arguments: str) -> None:
-    """Run pytest under coverage; the data end up in the working tree."""
-    with _without_sources(session):
-        session.run(
-            *("coverage", "run", "-m", "pytest"),
-            *arguments,
-            *session.posargs,
-            env={"COVERAGE_FILE": str(ROOT / ".coverage")},
-        )
 
 
 @contextlib.contextmanager

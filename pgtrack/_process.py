@@ -1,5 +1,5 @@
 """
-Fork, exit and SIGTERM: what happens to clients when a process does.
+Fork, exit and SIGTERM: what happens to events when a process does.
 
 Everything here is bounded by `exit_timeout`, and chains to what was there before.
 
@@ -7,113 +7,214 @@ Everything here is bounded by `exit_timeout`, and chains to what was there befor
   own; what is in memory is the parent's, who sends it.
 - End of the interpreter: `atexit`.  Children of `multiprocessing` leave by `os._exit`
   and run no `atexit`; they run the finalizers of `multiprocessing.util`.
-- SIGTERM with the default action: flush, then the default action, so that the exit
-  status is what it would have been.  A handler of the user's is left alone: it decides
-  whether the process ends, and an orderly end comes by `atexit`.
+- SIGTERM: deliver, then do what would have been done without us: the default action,
+  with its exit status, or the handler that was there.  A handler that is installed
+  after ours decides by itself whether to call us.  An ignored signal stays ignored.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
 import weakref
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pgtrack import _transport
+from pgtrack import _diagnostics, _transport
 from pgtrack._clock import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
-    from pgtrack._client import Client
+    from collections.abc import Callable, Iterable
+    from types import FrameType
+
+    from pgtrack._config import Config
+    from pgtrack._worker import Worker
 
 __all__ = ["adopt"]
 
 _IMPORT_WAIT = 5.0
 """Most seconds that a fork waits for an import that is under way."""
 
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_has_held_imports = False
-_finalizer_pid: int | None = None
+_LAST = -100
+"""Priority of our finalizer: after those that join feeder threads and children."""
+
+_adopted: dict[weakref.ref[Worker], Config] = {}
+"""
+The workers of this process, with their settings.
+
+Workers rather than clients, for what a client emitted is delivered also when the client
+itself is gone; as long as there is something to do, a worker is held by its thread.
+"""
 
 
-def adopt(client: Client) -> None:
-    """Look after *client* until it is closed or gone."""
-    _clients.add(client)
-    if client.config.handle_sigterm:
+def adopt(worker: Worker, config: Config) -> None:
+    """Look after *worker* as long as there is one."""
+    _adopted[weakref.ref(worker, _disown)] = config
+    _mind_children()
+    if config.handle_sigterm:
         _handle_sigterm()
 
 
-def adopt_child() -> None:
-    """See to it that a child of `multiprocessing` delivers before it leaves."""
-    global _finalizer_pid  # noqa: PLW0603  once a process
-    util = sys.modules.get("multiprocessing.util")
-    if util is None or _finalizer_pid == os.getpid():
-        return
-    _finalizer_pid = os.getpid()
-    if sys.modules["multiprocessing.process"].parent_process() is not None:
-        util.Finalize(None, _at_exit, exitpriority=0)
+def _disown(reference: weakref.ref[Worker]) -> None:
+    _adopted.pop(reference, None)
 
 
-def _at_exit(*, close: bool = True) -> None:
-    """Close or flush every client, all within the longest `exit_timeout` of them."""
-    clients = list(_clients)
-    timeouts = [float(client.config.exit_timeout) for client in clients]
-    deadline = SYSTEM_CLOCK.monotonic() + max(timeouts, default=0.0)
-    for client, timeout in zip(clients, timeouts):
-        left = max(min(timeout, deadline - SYSTEM_CLOCK.monotonic()), 0.0)
-        if close:
-            client.close(left)
-        else:
-            client.flush(left)
+def _workers() -> list[tuple[Worker, Config]]:
+    # The copy is one call into C: workers come and go in other threads.
+    found = ((reference(), config) for reference, config in _adopted.copy().items())
+    return [(worker, config) for worker, config in found if worker is not None]
+
+
+# --- the end ---
+
+
+def _flush() -> None:
+    """Deliver what was emitted so far, as far as it can be done in time."""
+    _end(lambda worker, left: worker.flush(left))
+
+
+def _close() -> None:
+    """Deliver what was emitted, and take no more."""
+    try:
+        _end(lambda worker, left: worker.close(left))
+    finally:
+        _keep_status()
+
+
+def _end(verb: Callable[[Worker, float], object]) -> None:
+    """Do *verb* to all workers, each within its `exit_timeout`, counted from now."""
+    start = SYSTEM_CLOCK.monotonic()
+    workers = _workers()
+    for worker, _ in workers:
+        _guarded(worker.flush, 0.0)  # all deliver at once, and none waits for another
+    for worker, config in workers:
+        left = start + float(config.exit_timeout) - SYSTEM_CLOCK.monotonic()
+        _guarded(verb, worker, max(left, 0.0))
+
+
+def _guarded(function: Callable[..., object], *args: object) -> None:
+    try:
+        function(*args)
+    except Exception as error:  # noqa: BLE001  one worker must not cost the others
+        _diagnostics.internal_error(error)
+
+
+def _keep_status() -> None:
+    """
+    Let a process that ends by an uncaught KeyboardInterrupt exit as such.
+
+    CPython remembers it in a flag that the next `eval` of a text clears, and importing
+    httpx does that.  The status would be 1 instead of that of SIGINT, and a shell would
+    go on with its loop.  Raised within a text, the error sets the flag again.
+    """
+    is_interactive = hasattr(sys, "ps1")  # there it did not end anything
+    if getattr(sys, "last_type", None) is KeyboardInterrupt and not is_interactive:
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")  # noqa: S102  a constant
 
 
 # --- fork ---
 
 
+class _Fork(threading.local):
+    """What a thread that forks has to undo."""
+
+    has_held_imports = False
+    mask: Iterable[int] | None = None
+
+
+_fork = _Fork()
+
+
 def _before_fork() -> None:
-    global _has_held_imports  # noqa: PLW0603  between the hooks of one fork
-    _has_held_imports = _transport.hold_imports(_IMPORT_WAIT)
+    _mind_children()
+    _fork.has_held_imports = _transport.hold_imports(_IMPORT_WAIT)
+    if _previous is signal.SIG_DFL:
+        # Python forgets signals that come before a child has begun.  The default action
+        # would have ended it, and whoever sent SIGTERM waits for that.
+        _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def _after_fork_in_parent() -> None:
-    if _has_held_imports:
+    if _fork.has_held_imports:
         _transport.allow_imports()
+    _restore_mask()
 
 
 def _after_fork_in_child() -> None:
     _transport.forget_imports()
-    for client in list(_clients):
-        client._start_over()  # noqa: SLF001  the two are one mechanism
+    for worker, _ in _workers():
+        _guarded(worker.start_over)
+    _restore_mask()
+
+
+def _restore_mask() -> None:
+    mask, _fork.mask = _fork.mask, None
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+_is_minding_children = False
+
+
+def _mind_children() -> None:
+    """
+    See to it that children of `multiprocessing` deliver before they leave.
+
+    A child forgets all finalizers as it begins, then calls what was registered to run
+    after the fork: that is the moment.  One that is spawned or comes from a fork server
+    may first import us when that has passed.
+    """
+    global _is_minding_children  # noqa: PLW0603  once in a process and its children
+    util = sys.modules.get("multiprocessing.util")
+    # It lacks the function while another thread is importing it.
+    register = getattr(util, "register_after_fork", None)
+    if register is None or _is_minding_children:
+        return
+    _is_minding_children = True
+    register(_flush, _deliver_at_end)
+    if sys.modules["multiprocessing.process"].parent_process() is not None:
+        _deliver_at_end()
+
+
+def _deliver_at_end(_: object = None) -> None:
+    sys.modules["multiprocessing.util"].Finalize(None, _flush, exitpriority=_LAST)
 
 
 # --- SIGTERM ---
 
+_previous: Any = None
+"""What SIGTERM did before us; None as long as we are not installed."""
+
 
 def _handle_sigterm() -> None:
+    """Install our handler, once, or again where the default action was restored."""
+    global _previous  # noqa: PLW0603  a process has one handler
     if threading.current_thread() is not threading.main_thread():
         return
-    try:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    present = signal.getsignal(signal.SIGTERM)
+    if present is signal.SIG_DFL or (_previous is None and callable(present)):
+        try:
             signal.signal(signal.SIGTERM, _on_sigterm)
-    except ValueError:  # a subinterpreter
-        pass
+        except ValueError:  # a subinterpreter
+            return
+        _previous = present
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    del frame
-    if signal.getsignal(number) is not _on_sigterm:
-        # A handler installed after ours called us on, and decides what comes next.
-        _at_exit(close=False)
-        return
-    _at_exit()
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    _flush()
+    if callable(_previous):
+        _previous(number, frame)
+    elif signal.getsignal(number) is _on_sigterm:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    # Else a handler that was installed after ours called us, and decides what is next.
 
 
-atexit.register(_at_exit)
+atexit.register(_close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
