@@ -196,7 +196,9 @@ class Worker:
                 contextvars.Context().run(self._deliver_here, marker, deadline)
                 break
             marker.wait(min(left, _LOOK_AGAIN))
-        return marker.is_reached or self._ledger.pending.value == 0
+        # Abandoned, a marker is reached too, but what was being sent may not have ended.
+        is_reached = marker.is_reached and not self._is_abandoned
+        return is_reached or self._ledger.pending.value == 0
 
     def close(self, timeout: float) -> bool:
         """

@@ -747,6 +747,20 @@ class TestClose:
         assert {"shutdown": 1} == bench.ledger.stats().dropped
         assert 0 == bench.ledger.stats().pending
 
+    def test_a_flush_after_it_tells_the_truth(self) -> None:
+        """While an attempt still hangs, a flush does not say that all has ended."""
+        stuck = Stuck(can_abort=False)
+        bench = Bench(transport=stuck, batch_size=1)
+        bench.put("sent")
+        assert stuck.is_sending.wait(10)
+        bench.worker.close(0)
+        early = bench.worker.flush(0.1), bench.ledger.stats().pending
+        stuck.go.set()
+
+        assert (False, 1) == early
+        assert wait_until(lambda: bench.worker.flush(1))
+        assert {"shutdown": 1} == bench.ledger.stats().dropped
+
     def test_closing_from_many_threads(self) -> None:
         """All that close at once come back, and nothing is left."""
         bench = Bench(batch_interval=60)
