@@ -63,7 +63,7 @@ def _from_environment() -> Client:
     global _client  # noqa: PLW0603  the one default client
     try:
         config = Config.from_env()
-    except ConfigError as error:
+    except (ConfigError, OSError, RecursionError) as error:
         _diagnostics.note("configuration", f"pgtrack is disabled: {error}", 40)
         _diagnostics.tell()
         config = Config.disabled()
@@ -171,7 +171,7 @@ def identify(user_id: str | int | None) -> None:
 
     Args:
         user_id: 1 to 255 visible ASCII characters, or an integer or UUID; anything else
-            is counted in `stats().adjusted["user_id"]`, and the user stays as it was.
+            is counted in `stats().adjusted["user_id"]`, and then there is no user.
     """
     frame = _context.current_frame()
     if frame is None:
@@ -183,9 +183,7 @@ def identify(user_id: str | int | None) -> None:
     elif user_id is None:
         frame.cell.user_id = None
     else:
-        checked = default_client().checked_user_id(user_id)
-        if checked is not None:
-            frame.cell.user_id = checked
+        frame.cell.user_id = default_client().checked_user_id(user_id)
 
 
 def current() -> Context:

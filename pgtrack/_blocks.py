@@ -132,7 +132,16 @@ class Block(abc.ABC, Generic[A]):
     ) -> None:
         # A generator that is closed has completed, and so have the blocks in it.
         is_closed = isinstance(error, GeneratorExit)
-        self._innermost().leave(None if is_closed else error)
+        run = self._innermost()
+        if run is None:
+            _diagnostics.note(
+                "left elsewhere",
+                f"a block of {type(self).__name__} was left in another context while "
+                "several had entered it: which run has ended is unknown, and not told.",
+            )
+            self.client.drop("left_elsewhere")
+        else:
+            run.leave(None if is_closed else error)
 
     async def __aenter__(self) -> A:
         return self.__enter__()
@@ -149,15 +158,20 @@ class Block(abc.ABC, Generic[A]):
         """Decorate *function*: each call is a run of the block."""
         return observe(function, self.activate, self)
 
-    def _innermost(self) -> A:
-        """Take out the run that is left: this context's innermost, else the last."""
+    def _innermost(self) -> A | None:
+        """
+        Take out the run that is left: this context's innermost, else the only one.
+
+        None if several are under way, and none of them in this context.
+        """
         frame = current_frame()
         while frame is not None:
             activation = self._entered.pop(frame.key, None)
             if activation is not None:
                 return activation
             frame = frame.parent
-        return self._entered.popitem()[1]
+        last = self._entered.popitem()[1]
+        return last if not self._entered else None
 
 
 # --- sessions ---
@@ -216,10 +230,14 @@ class session(Block[SessionRun]):  # noqa: N801  a verb, used as `with session(.
         if session_id is None:
             session_id = new_session_id(format=client.config.session_id_format)
         user_id = self._user_id
-        if user_id is not None:
+        has_user = user_id is not None
+        if has_user:
             user_id = client.checked_user_id(user_id)
         metadata = _as_dict(self._metadata)
-        return SessionRun(session_frame(session_id, user_id=user_id, metadata=metadata))
+        frame = session_frame(session_id, user_id=user_id, metadata=metadata)
+        if has_user and user_id is None:
+            frame.cell = Cell()  # nobody is better than the user of before
+        return SessionRun(frame)
 
 
 def _as_dict(metadata: object) -> dict[str, Any]:

@@ -7,9 +7,11 @@ handler, a finaliser or a log handler may call it in the middle of itself.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
+import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -219,7 +221,7 @@ class Client:
             _diagnostics.internal_error(error)
             return False
         if isinstance(record, str):
-            self._ledger.drop(record)
+            self._drop(record)
             return False
         return sink.put(record)
 
@@ -252,6 +254,8 @@ class Client:
         if metadata is not None:
             metadata, taken = take_metadata(metadata, self._rule, self._ledger)
             size += taken
+        if fields.get("user_id", _NOT_GIVEN) is None:
+            del fields["user_id"]
         size += self._take_fields(fields)
         inherited: Any = {}
         if frame is not None:
@@ -439,7 +443,16 @@ class Client:
         """Count an event that a block could not emit."""
         if self._sink is not None:
             self._ledger.emitted.add(1)
-            self._ledger.drop(reason)
+            self._drop(reason)
+
+    def _drop(self, reason: DropReason) -> None:
+        self._ledger.drop(reason)
+        if reason not in _EXPECTED:
+            _diagnostics.note(
+                f"dropped {reason}",
+                f"pgtrack dropped an event: {reason}. docs/delivery.md says why; "
+                f"pgtrack.stats().dropped[{reason!r}] counts them.",
+            )
 
     def stats(self) -> Stats:
         """Return the ledger of this client, in this process."""
@@ -492,6 +505,19 @@ class Client:
         """Do what `close` does without holding up the event loop (asyncio or trio)."""
         return await in_thread(self.close, timeout)
 
+    def __copy__(self) -> Self:
+        """Return the client itself: there is one queue, and one thread."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the client itself."""
+        return self
+
+    def __reduce__(self) -> str:
+        """Refuse: a queue and a thread cannot go to another process."""
+        msg = "a Client cannot be pickled. Pickle its config, and make a Client of it."
+        raise TypeError(msg)
+
     def __del__(self) -> None:
         """Deliver what is left in the background, and let the thread go."""
         if getattr(self, "_sink", None) is not None:  # not if __init__ raised
@@ -528,6 +554,12 @@ def _refuse_unknown(verb: str, fields: StepFields) -> None:
         raise TypeError(msg)
 
 
+_NOT_GIVEN: Any = object()
+
+_EXPECTED: frozenset[DropReason] = frozenset({"rate_limited", "sampled", "suppressed"})
+"""What is dropped because a setting, or pgtrack itself, says so: no line for it."""
+
+
 def _is_exception(value: object) -> TypeGuard[BaseException]:
     """Return whether *value* is an exception; `isinstance` can be lied to, or fail."""
     return issubclass(type(value), BaseException)
@@ -539,8 +571,8 @@ def _correlate(
     """Fill in the user and the journey of *frame* where the event has none."""
     if session_id != frame.session_id and frame.session_id is not None:
         return  # they belong to their session, and do not go with another
-    if fields.get("user_id") is None:
-        fields["user_id"] = frame.cell.user_id
+    # Not for a user that was given and cannot be one: nobody is better than another.
+    fields.setdefault("user_id", frame.cell.user_id)
     if fields.get("journey_id") is None and frame.journey_id is not None:
         fields["journey_id"] = frame.journey_id
         if is_error and frame.step is not None:
@@ -560,8 +592,22 @@ async def in_thread(wait: Callable[[float], bool], timeout: float) -> bool:
     """Run *wait* in a thread of the running event loop's."""
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_run():
-        done = await trio.to_thread.run_sync(wait, timeout, abandon_on_cancel=True)
-        return bool(done)
+        is_done = await trio.to_thread.run_sync(wait, timeout, abandon_on_cancel=True)
+        return bool(is_done)
     import asyncio  # noqa: PLC0415  slow to import, and here already
 
-    return await asyncio.to_thread(wait, timeout)
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[bool] = loop.create_future()
+
+    def settle(result: bool) -> None:  # noqa: FBT001  passed on as it came
+        if not done.done():
+            done.set_result(result)
+
+    def work() -> None:
+        result = wait(timeout)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, result)
+
+    # Not the loop's executor: that may be busy, and its end waits for its threads.
+    threading.Thread(target=work, name="pgtrack-wait", daemon=True).start()
+    return await done

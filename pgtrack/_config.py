@@ -294,8 +294,8 @@ def _endpoint(value: Any) -> str:
     url = _url(value)
     if url is None or url.scheme not in ("http", "https") or not url.hostname:
         fix = "Use the whole address, such as 'https://api.example.com/v1/events'."
-        is_secret = "@" in repr(value)
-        raise _WrongError(_ENDPOINTS, fix, "one with an '@'" if is_secret else None)
+        is_secret = not {"@", "?"}.isdisjoint(repr(value))
+        raise _WrongError(_ENDPOINTS, fix, "one with '@' or '?'" if is_secret else None)
     if url.username is not None or url.password is not None:
         rule = "a URL without user and password"
         raise _WrongError(rule, "Put the key into `api_key`.", "one that has them")
@@ -498,6 +498,9 @@ def _checked(parse: Parse, value: Any, where: str, *, is_secret: bool = False) -
         if shown is None:
             shown = type(value).__name__ if is_secret else _shorten(value)
         msg = f"{where} must be {wrong.rule} (got {shown}). {wrong.fix}"
+        raise ConfigError(msg) from None
+    except (OSError, RecursionError) as error:
+        msg = f"{where} cannot be used ({type(error).__name__}). Check its value."
         raise ConfigError(msg) from None
 
 

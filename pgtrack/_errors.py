@@ -60,9 +60,10 @@ def status_of(error: BaseException) -> int:
 
 def as_status(value: object) -> int | None:
     """Return *value* as a plain int if it is an HTTP status, else None."""
-    if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:  # noqa: PLR2004
-        return int(value)
-    return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    number = int.__index__(value)  # an enum's, say, whatever its class makes of it
+    return number if 100 <= number <= 599 else None  # noqa: PLR2004
 
 
 def phrase(status: int) -> str:
@@ -79,7 +80,7 @@ def getattr_safely(value: object, name: str) -> object:
     """Return an attribute of a foreign object, None where there is none to be had."""
     try:
         return getattr(value, name, None)
-    except Exception:  # noqa: BLE001  a property may raise anything
+    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001  a property may
         return None
 
 
@@ -121,16 +122,39 @@ def describe(error: BaseException, *, with_stack: bool) -> ErrorFields:
 
 
 def _stack(error: BaseException) -> str:
-    """Render the traceback; of a long one the end, where the error was raised."""
+    """
+    Render the traceback; of a long one the end, where the error was raised.
+
+    It is cut between its parts, and a long part behind its start: the front of a secret
+    is what it is known by.
+    """
     try:
         lines = traceback.format_exception(type(error), error, error.__traceback__)
     except Exception:  # noqa: BLE001  rendering calls the error's own code
         lines = traceback.format_tb(error.__traceback__)
-    return "".join(lines)[-MAX_TEXT:]
+    parts: list[str] = []
+    left = MAX_TEXT
+    for line in reversed(lines):
+        part = line if len(line) <= _MAX_PART else f"{_redacted(line)[:_MAX_PART]}...\n"
+        left -= len(part)
+        if left < 0:
+            break
+        parts.append(part)
+    return "".join(reversed(parts))
 
+
+def _redacted(text: str) -> str:
+    from pgtrack._redaction import redact_text  # noqa: PLC0415  for long ones alone
+
+    return redact_text(text[: MAX_TEXT + MARGIN])
+
+
+_MAX_PART = 2_000
+"""Most characters of a line of the traceback, or of the message below it."""
 
 _told: dict[int, tuple[weakref.ref[BaseException], dict[str, object]]] = {}
 _MARK = "__pgtrack_sessions__"
+_MAX_SESSIONS = 64
 
 
 def is_first_time(error: BaseException, session_id: str) -> bool:
@@ -148,5 +172,7 @@ def is_first_time(error: BaseException, session_id: str) -> bool:
         sessions = _told.setdefault(key, (reference, {}))[1]
     except TypeError:
         sessions = error.__dict__.setdefault(_MARK, {})
+    if len(sessions) > _MAX_SESSIONS:  # one exception that is raised again and again
+        sessions.clear()
     mine = object()
     return sessions.setdefault(session_id, mine) is mine

@@ -29,6 +29,7 @@ DropReason: TypeAlias = Literal[
     "endpoint_lost",
     "internal_error",
     "invalid_event_type",
+    "left_elsewhere",
     "no_journey",
     "no_session",
     "queue_full",

@@ -215,7 +215,7 @@ class Line:
     def _take(self, parcel: Parcel, answer: Answer) -> None:
         self._failures = 0
         count = len(parcel)
-        rejected = [r for i, r in answer.rejected.items() if 0 <= i < count]
+        rejected = [str(r) for i, r in answer.rejected.items() if i in range(count)]
         for reason in rejected:
             self._count_rejected(reason)
         self._ledger.delivered.add(count - len(rejected))

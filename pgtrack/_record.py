@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import re
 import sys
+import threading
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -228,10 +229,20 @@ class Encoder:
         Encode *records* in order; None stands for one that was dropped and counted.
         """
         records = list(records)
-        ids = [self._ids() for _ in records] if self._ids else new_ids(len(records))
-        return [
-            (self._encode(*pair), pair[0]) for pair in zip(records, ids, strict=True)
-        ]
+        pairs = zip(records, self._new_ids(len(records)), strict=True)
+        return [(self._encode(*pair), pair[0]) for pair in pairs]
+
+    def _new_ids(self, count: int) -> list[str]:
+        """Return *count* ids; a factory that fails is replaced by our own."""
+        if self._ids is None:
+            return new_ids(count)
+        try:
+            return [str(self._ids()) for _ in range(count)]
+        except Exception as error:  # noqa: BLE001  a user's factory may raise anything
+            _diagnostics.note(
+                "ids", f"the factory of event ids raised {type(error).__name__}."
+            )
+            return new_ids(count)
 
     def _encode(self, record: Record, event_id: str) -> bytes | None:
         try:
@@ -278,9 +289,10 @@ class Encoder:
             if isinstance(event, Event):
                 return self._checked(event, wire, time_ns)
             problem = f"returned {type(event).__name__} rather than an Event or None"
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001  a hook may raise anything
+        except BaseException as error:
+            is_ours = threading.current_thread() is not threading.main_thread()
+            if isinstance(error, KeyboardInterrupt) and not is_ours:
+                raise  # Ctrl-C, in a flush that the main thread does itself
             problem = f"raised {type(error).__name__}"
         self._ledger.drop("before_send_error")
         _diagnostics.note(

@@ -52,7 +52,7 @@ def classify(
         now: Seconds since 1970, for a `Retry-After` that is a date.
     """
     if 200 <= status < 300:  # noqa: PLR2004
-        if headers.get("content-type", "").startswith("text/html"):
+        if headers.get("content-type", "").lower().startswith("text/html"):
             return Answer(verdict=Verdict.HOLD, reason=f"{status} with a web page")
         return Answer(verdict=Verdict.TAKEN, rejected=_rejections(body, count))
     reason = f"{status} {short_reason(body)}".rstrip()
@@ -102,8 +102,11 @@ def _rejections(body: bytes, count: int) -> dict[int, str]:
             text = short_reason(reason) if isinstance(reason, str) else ""
             rejected.setdefault(index, text or _UNSPECIFIED)
     total = answer.get("rejected")
-    if not rejected and type(total) is int and total == count:
-        return dict.fromkeys(range(count), _UNSPECIFIED)
+    if type(total) is int and total <= count:
+        # Which ones they are, it does not say; that they are rejected, it does.
+        unnamed = [index for index in range(count) if index not in rejected]
+        for index in unnamed[: max(total - len(rejected), 0)]:
+            rejected[index] = _UNSPECIFIED
     return rejected
 
 

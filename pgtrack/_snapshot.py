@@ -63,7 +63,12 @@ MAX_DEPTH = 8
 MAX_VALUES = 2_000
 """Most values in one snapshot, over all levels."""
 
-MAX_SIZE = 1_000_000
+_PAIR = 2
+
+_NAMES = ("name", "key", "field")
+"""Keys beside `value` that say what it is the value of."""
+
+MAX_SIZE = 250_000
 """Bytes of one snapshot from which on further texts are left out."""
 
 SIZE_OF_NUMBER = 32
@@ -222,6 +227,8 @@ class _Taker:
                 name = name[: MAX_KEY + MARGIN]
             self.size += len(name)
             taken[name] = REDACTED if is_sensitive(name) else self.take(value)
+        if "value" in taken and any(self._names_secret(taken.get(k)) for k in _NAMES):
+            taken["value"] = REDACTED
         if length > len(listed):
             taken["..."] = self._mark(f"[{length - len(listed)} more cut]")
         self.size += sys.getsizeof(taken)
@@ -229,11 +236,24 @@ class _Taker:
 
     def _items(self, items: Iterable[Any], length: int) -> list[JSONValue]:
         listed = self._bounded(items, length)
-        taken = [self.take(item) for item in listed]
+        taken: list[JSONValue] = []
+        is_secret = False
+        for item in listed:
+            taken.append(REDACTED if is_secret else self.take(item))
+            # A pair, as ASGI has headers; or the arguments of a command.
+            is_option = type(item) is str and item.startswith("-")
+            is_name = is_option or (length == _PAIR and len(taken) == 1)
+            is_secret = is_name and self._names_secret(item)
         if length > len(listed):
             taken.append(self._mark(f"[{length - len(listed)} more cut]"))
         self.size += sys.getsizeof(taken)
         return taken
+
+    def _names_secret(self, name: object) -> bool:
+        """Return whether a value beside *name* is sensitive, as one under it is."""
+        if isinstance(name, bytes):
+            name = name.decode("latin-1")
+        return type(name) is str and self._rule.is_sensitive(name)
 
     def _bounded(self, items: Iterable[Any], length: int) -> list[Any]:
         # A list made in one call, so that another thread that changes the caller's

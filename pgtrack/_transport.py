@@ -154,6 +154,8 @@ class HttpTransport:
         try:
             response = http.handle_request(request)
             status, text = response.status_code, self._read(response)
+            if self._config.api_key is not None:  # it may be quoted, and we may log it
+                text = text.replace(self._config.api_key.encode(), b"***")
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             reason = f"{type(error).__name__} {short_reason(str(error))}".rstrip()
             return Answer(verdict=Verdict.RETRY, reason=reason), 0

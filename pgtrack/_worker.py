@@ -37,6 +37,9 @@ __all__ = ["Worker"]
 _MAX_BATCH = 1_000
 """Most events of a request, by ProductGraph's documentation and source."""
 
+_CHUNK = 50
+"""Records that are encoded before their bytes are looked at."""
+
 _JOIN = 0.05
 """Seconds that a thread gets to count what it was cut off from."""
 
@@ -196,7 +199,7 @@ class Worker:
                 contextvars.Context().run(self._deliver_here, marker, deadline)
                 break
             marker.wait(min(left, _LOOK_AGAIN))
-        # Abandoned, a marker is reached too, but what was being sent may not have ended.
+        # Abandoned, a marker is reached, too, while what was being sent may still be.
         is_reached = marker.is_reached and not self._is_abandoned
         return is_reached or self._ledger.pending.value == 0
 
@@ -336,9 +339,30 @@ class Worker:
         return 0.0 if len(self.queue) >= length else wait
 
     def _load(self, most: int) -> None:
-        """Take up to *most* records off the queue, up to a marker, into the line."""
+        """
+        Take up to *most* records off the queue, up to a marker, into the line.
+
+        No more than about a request's worth: what sessions add to each event is shared
+        by records, but not by their bytes.
+        """
         self._since = None
         self.queue.wake_at = NEVER
+        encoded: list[tuple[bytes, int]] = []
+        taken = length = 0
+        while taken < most and length < self._max_batch_bytes:
+            wanted = min(most - taken, _CHUNK)
+            records = self._take(wanted)
+            chunk = list(self._encode(records))
+            encoded += chunk
+            taken += len(records)
+            length += sum(len(data) for data, _ in chunk)
+            if len(records) < wanted:
+                break
+        self._line.extend(pack(encoded, self._max_batch_bytes))
+        self._reach_markers()
+
+    def _take(self, most: int) -> list[Record]:
+        """Take up to *most* records off the queue, up to a marker."""
         records: list[Record] = []
         while len(records) < most:
             item = self.queue.take()
@@ -348,8 +372,7 @@ class Worker:
                 self._markers.append(item)
                 break
             records.append(item)
-        self._line.extend(pack(self._encode(records), self._max_batch_bytes))
-        self._reach_markers()
+        return records
 
     def _encode(self, records: Sequence[Record]) -> Iterator[tuple[bytes, int]]:
         """Yield the bytes of each event, and its size in the bound of the queue."""
@@ -403,6 +426,13 @@ class Worker:
     def _finish(self) -> None:
         """Close the connection; what is left after the last deadline is dropped."""
         if self._is_abandoned:
+            left = self._ledger.pending.value
+            if left:
+                _diagnostics.note(
+                    "shutdown",
+                    f"pgtrack dropped {left:,} events that could not be sent before "
+                    "the end; pgtrack.stats().dropped['shutdown'] counts them.",
+                )
             self._line.give_up("shutdown")
             self._reach_markers()
             self.queue.wake_at = 1  # who puts something yet is to see to it himself

@@ -334,7 +334,7 @@ class TestVerbs:
         assert "self" not in inspect.signature(client.emit).parameters
 
     def test_user_ids(self) -> None:
-        """`identify` takes integers and UUIDs, and leaves the user at what is none."""
+        """`identify` takes integers and UUIDs; what is no user id leaves nobody."""
         with capture() as events, pgtrack.session("s"):
             pgtrack.identify(42)
             pgtrack.emit("a")
@@ -344,7 +344,7 @@ class TestVerbs:
             pgtrack.emit("c")
             counted = pgtrack.stats().adjusted
 
-        assert [event.user_id for event in events] == ["42", "42", None]
+        assert [event.user_id for event in events] == ["42", None, None]
         assert counted == {"user_id": 1}
 
     def test_identify_outside_is_told(self, caplog: pytest.LogCaptureFixture) -> None:

@@ -234,8 +234,8 @@ class TestSession:
 
     @pytest.mark.parametrize("wrong", ["a b", "", "é", "a" * 256, object()])
     def test_wrong_user(self, events: Events, wrong: Any) -> None:
-        """A user id that does not fit is left out and counted."""
-        with pgtrack.session("s", user_id=wrong):
+        """A user id that does not fit is left out and counted, here and within."""
+        with pgtrack.session("s", user_id="u"), pgtrack.session("s", user_id=wrong):
             seen = user()
 
         assert seen is None
@@ -282,11 +282,11 @@ class TestIdentify:
             assert user() is None
 
     def test_wrong(self, events: Events) -> None:
-        """A wrong id is counted, and the user stays who it was."""
+        """A wrong id is counted, and is not put down to the user of before."""
         with pgtrack.session("s", user_id="u"):
             pgtrack.identify("a b")
 
-            assert user() == "u"
+            assert user() is None
         assert pgtrack.stats().adjusted == {"user_id": 1}
 
     def test_outside(self, events: Events, caplog: pytest.LogCaptureFixture) -> None:
@@ -774,6 +774,23 @@ class TestApiCall:
 
         assert events[0].api_status_code == 200
         assert pgtrack.stats().adjusted == {"status_code": 1}
+
+    def test_left_elsewhere(self, events: Events) -> None:
+        """A shared block that is left where nobody entered it blames no other's run."""
+        call = pgtrack.api_call("POST", "/x")
+
+        def enter(session_id: str) -> None:
+            pgtrack.session(session_id).__enter__()
+            call.__enter__()
+
+        contexts = {name: contextvars.copy_context() for name in ("a", "b", "c")}
+        for name, context in contexts.items():
+            context.run(enter, name)
+        contextvars.copy_context().run(call.__exit__, None, None, None)
+        contexts["a"].run(call.__exit__, None, None, None)
+
+        assert [event.session_id for event in events] == ["a"]
+        assert pgtrack.stats().dropped == {"left_elsewhere": 1}
 
     def test_server_error(self, events: Events) -> None:
         """A status from 500 on makes an error event, before that of the call."""

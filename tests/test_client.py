@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import itertools
+import pickle
 import threading
 import uuid
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from harness import (
     run_script,
     start_together,
 )
-from pgtrack import _diagnostics
+from pgtrack import Client, _api, _diagnostics
 from pgtrack._client import transport_of
 from pgtrack._clock import SYSTEM_CLOCK
 from pgtrack._context import is_session_id
@@ -212,14 +214,37 @@ class TestCorrelation:
         assert events[0].metadata == {"request_id": "r", "source": "backend"}
         assert counted["session_id"] == 1
 
-    def test_a_user_that_does_not_fit_is_the_one_around(self) -> None:
-        """A bad user id leaves the session's user."""
+    def test_a_user_that_does_not_fit_is_nobody(self) -> None:
+        """An event of a user whose id does not fit is not put down to another."""
         with capture() as events, pgtrack.session("s", user_id="u"):
             pgtrack.emit("custom", user_id="not an id")
             counted = pgtrack.stats().adjusted
 
-        assert events[0].user_id == "u"
+        assert events[0].user_id is None
         assert counted == {"user_id": 1}
+
+    def test_no_user_given_is_the_one_around(self) -> None:
+        """None is as good as not given: the session's user it is."""
+        with capture() as events, pgtrack.session("s", user_id="u"):
+            pgtrack.emit("custom", user_id=None)
+
+        assert events[0].user_id == "u"
+
+    @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+    def test_a_copy_is_the_client(self, duplicate: Callable[[Client], Client]) -> None:
+        """There is one queue: a copy that goes away does not close it."""
+        with capture():
+            client = _api.default_client()
+            same = duplicate(client) is client
+
+        assert same
+
+    def test_it_does_not_pickle(self) -> None:
+        """A queue and a thread cannot go to another process, and it says so."""
+        with capture():
+            client = _api.default_client()
+            with pytest.raises(TypeError, match="Pickle its config"):
+                pickle.dumps(client)
 
     def test_the_strict_format(self) -> None:
         """With `session_id_format="uuid"` other session ids do not fit."""

@@ -245,8 +245,35 @@ class TestDescribe:
             fields = describe(error, with_stack=True)
 
         assert len(fields["error_message"]) < 20_000
-        assert fields["error_stack"].endswith("aaa\n")
+        assert fields["error_stack"].endswith("aaa...\n")
         assert len(fields["error_stack"]) < 20_000
+
+    def test_many_frames(self) -> None:
+        """Of a long traceback the end is left, in whole lines."""
+
+        def dive(depth: int) -> None:
+            if depth:
+                return (dive if depth % 2 else lambda d: dive(d))(depth - 1)  # noqa: PLW0108
+            raise ValueError(depth)
+
+        try:
+            dive(600)
+        except ValueError as error:
+            stack = describe(error, with_stack=True)["error_stack"]
+
+        assert len(stack) <= 16_384
+        assert stack.startswith(("  File ", "  [Previous"))
+        assert stack.endswith("ValueError: 0\n")
+
+    def test_secret_across_the_cut(self) -> None:
+        """A secret too long for the stack leaves no part of itself there."""
+        key = "-----BEGIN PRIVATE KEY-----\n" + "c2VjcmV0\n" * 3_000
+        try:
+            raise ValueError(key)
+        except ValueError as error:
+            fields = describe(error, with_stack=True)
+
+        assert "c2VjcmV0" not in fields["error_stack"]
 
     def test_hostile(self) -> None:
         """An error that cannot be printed is told as such."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 
 from harness import run_script
@@ -88,3 +89,8 @@ def test_it_reads_no_variable() -> None:
     done = run_script("import pgtrack", env={"PRODUCTGRAPH_ENABLED": "garbage"})
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_types_are_ours() -> None:
+    """The package says that it is typed, so that type checkers look into it."""
+    assert importlib.resources.files("pgtrack").joinpath("py.typed").is_file()

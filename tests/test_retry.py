@@ -95,6 +95,12 @@ class TestRejections:
         assert (Verdict.TAKEN, expected) == (found.verdict, found.rejected)
         assert exchange["client_must"]["dropped_indexes"] == list(found.rejected)
 
+    def test_unnamed(self) -> None:
+        """Rejections that the answer only counts are counted, whichever they are."""
+        body = b'{"accepted":1,"rejected":2,"errors":[{"index":2,"error":"bad"}]}'
+
+        assert {0: "unspecified", 2: "bad"} == answer(202, body).rejected
+
     @pytest.mark.parametrize(
         "body",
         [
@@ -116,7 +122,7 @@ class TestRejections:
             b'{"errors":[{"index":1.0,"error":"a float"}]}',
             b'{"errors":[{"index":true,"error":"a bool"}]}',
             b'{"errors":[{"index":"1","error":"text"}]}',
-            b'{"accepted":2,"rejected":1}',
+            b'{"rejected":4}',
             b'{"rejected":true}',
             b"[" * 100_000,
             b"\xff\xfe{}",

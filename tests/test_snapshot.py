@@ -416,3 +416,22 @@ class TestSize:
         real = memory(json.loads(json.dumps(value)))
 
         assert real / 2 <= estimate <= real * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([(b"x-api-key", b"s3cr3t")], [["x-api-key", REDACTED]]),
+        (
+            [("cookie", "sid=1"), ("accept", "*/*")],
+            [["cookie", REDACTED], ["accept", "*/*"]],
+        ),
+        (["run", "--password", "hunter2", "-v"], ["run", "--password", REDACTED, "-v"]),
+        ({"name": "password", "value": "x"}, {"name": "password", "value": REDACTED}),
+        ({"name": "colour", "value": "red"}, {"name": "colour", "value": "red"}),
+        (["password", "strength", "low"], ["password", "strength", "low"]),
+    ],
+)
+def test_secrets_beside_their_names(value: object, expected: object) -> None:
+    """A pair, an option and a named value are as sensitive as a key says."""
+    assert snapshot(value, DEFAULT_RULE).value == expected

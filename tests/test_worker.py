@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ TAKEN = Answer(verdict=Verdict.TAKEN)
 RETRY = Answer(verdict=Verdict.RETRY, reason="503")
 REFUSED = Answer(verdict=Verdict.REFUSED, reason="400 bad")
 
-SLACK = 0.1
+SLACK = 0.1 if "CI" not in os.environ else 0.5  # there, others have the cores as well
 """How exactly deadlines are honoured, in seconds."""
 
 
@@ -1354,6 +1355,7 @@ class TestLines:
         bench.worker.close(0.05)
 
         lines = [r for r in caplog.records if r.name == "pgtrack"]
-        assert ["WARNING"] == [line.levelname for line in lines]
+        assert ["WARNING"] * 2 == [line.levelname for line in lines]
         assert "could not deliver events (503)" in lines[0].getMessage()
+        assert "pgtrack dropped 5 events" in lines[1].getMessage()
         assert "secret" not in caplog.text

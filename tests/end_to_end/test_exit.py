@@ -502,10 +502,16 @@ class TestSigterm:
         hanging = threading.Event()
         server.default = hang(hanging)
         body = """
-        configure(exit_timeout=1)
+        configure(exit_timeout=2)
         pgtrack.emit("custom", name="n")
-        import atexit, threading
-        atexit.register(threading.Timer(0.3, terminate).start)
+        import atexit, httpx, threading
+        is_exiting = threading.Event()
+        def soon():
+            is_exiting.wait(10)
+            time.sleep(0.1)
+            terminate()
+        threading.Thread(target=soon, daemon=True).start()
+        atexit.register(is_exiting.set)
         """
 
         assert (-signal.SIGTERM, "", Counter()) == self.run(server, body)
