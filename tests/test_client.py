@@ -24,6 +24,7 @@ from harness import (
     load_vectors,
     run_script,
     start_together,
+    status,
 )
 from pgtrack import Client, _api, _diagnostics
 from pgtrack._client import transport_of
@@ -614,3 +615,78 @@ class TestEnd:
         )
 
         assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestSecondThoughts:
+    """What is not expected of users, and must not cost events or their time."""
+
+    def test_an_endpoint_that_quotes_the_key(self) -> None:
+        """A key that comes back in an answer gets into no reason and no log."""
+        with Server() as server:
+            server.default = status(401, body=b'{"error":"nope pg-live-1234"}')
+            config = pgtrack.Config(
+                project_id="p", endpoint=server.url, api_key="pg-live-1234"
+            )
+            with pgtrack.Client(config) as client:
+                client.emit("custom")
+                client.close(1)
+
+        assert "nope ***" in str(client.stats().last_error)
+        assert "pg-live" not in str(client.stats())
+
+    def test_a_factory_of_ids_that_fails(self) -> None:
+        """It is replaced by our own: the events are not to blame."""
+
+        def fail() -> str:
+            raise LookupError
+
+        transport = RecordingTransport()
+        config = pgtrack.Config(project_id="p", endpoint="console:")
+        with pgtrack.Client(config, transport=lambda: transport, ids=fail) as client:
+            client.emit("custom")
+
+        assert is_session_id(transport.taken[0].event_id, "uuid")
+
+    def test_waiting_leaves_the_executor_alone(self) -> None:
+        """`aflush` waits in a thread of its own, that the loop does not join."""
+        import asyncio
+
+        go = threading.Event()
+
+        class Stuck(RecordingTransport):
+            def send(self, events: Any, timeout: float) -> Any:
+                go.wait(20)
+                return super().send(events, timeout)
+
+        config = pgtrack.Config(project_id="p", endpoint="console:", batch_size=1)
+        with pgtrack.Client(config, transport=Stuck) as client:
+            client.emit("custom")
+
+            async def give_up() -> None:
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(client.aflush(20), 0.05)
+
+            asyncio.run(give_up())
+            is_stuck = client.stats().pending == 1
+            go.set()
+
+        assert is_stuck
+
+    def test_what_sessions_add_is_encoded_by_the_batch(self) -> None:
+        """Of a backlog with much metadata no more is encoded than a request takes."""
+        transport = RecordingTransport()
+        config = pgtrack.Config(
+            project_id="p",
+            endpoint="console:",
+            max_batch_bytes=100_000,
+            batch_interval=60,
+            batch_size=500,
+        )
+        with pgtrack.Client(config, transport=lambda: transport) as client:
+            with pgtrack.session(metadata={"long": "x" * 10_000}):
+                for _ in range(300):
+                    client.emit("custom")
+            client.flush()
+
+        assert sum(map(len, transport.batches)) == 300
+        assert max(map(len, transport.batches)) < 10
