@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Seconds that a wait may be longer or shorter than it was asked to be.
-_TOLERANCE = 0.1 if "CI" not in os.environ else 0.5  # there, others have the cores
+_TOLERANCE = 0.1
 
 
 @contextmanager
