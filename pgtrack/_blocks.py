@@ -65,12 +65,21 @@ class Activation:
         push(frame)
 
     def leave(self, error: BaseException | None = None, result: object = None) -> None:
-        """
-        End the run, by *error* or with the *result* of a decorated function.
+        """End the run, by *error* or with the *result* of a decorated function."""
+        try:
+            self.tell_inside(error, result)
+        finally:
+            pop(self.frame)
 
-        What there is to tell belongs to the run's own frame, also where a block that
-        straddles a `yield` is left in another context.  Nothing of our own leaves here:
-        the host goes on with its own result or error.
+    def tell_inside(
+        self, error: BaseException | None = None, result: object = None
+    ) -> None:
+        """
+        Tell what there is to tell, inside of the run.
+
+        It belongs to the run's own frame, also where a block that straddles a `yield`
+        is left in another context.  Nothing of our own leaves here: the host goes on
+        with its own result or error.
         """
         outside = switch(self.frame)
         try:
@@ -79,7 +88,6 @@ class Activation:
             _diagnostics.internal_error(problem)
         finally:
             switch(outside)
-            pop(self.frame)
 
     def tell(self, error: BaseException | None, result: object) -> None:
         """Emit what is to be told at the end."""
@@ -251,15 +259,17 @@ def _as_dict(metadata: object) -> dict[str, Any]:
 def session_frame(
     session_id: str,
     *,
+    around: Frame | None = None,
     user_id: str | None = None,
     request_id: str | None = None,
     journey_id: str | None = None,
     metadata: Mapping[str, Any] | None = None,
     is_remote: bool = False,
 ) -> Frame:
-    """Return a frame for a session inside of the present frame."""
+    """Return a frame for a session, which inherits from *around*, else the present."""
     parent = current_frame()
-    around = _OUTSIDE if parent is None else parent
+    if around is None:
+        around = _OUTSIDE if parent is None else parent
     is_same = around.session_id == session_id
     return Frame(
         parent,
@@ -271,6 +281,7 @@ def session_frame(
         cell=around.cell if is_same and user_id is None else Cell(user_id),
         is_remote=is_remote or (is_same and around.is_remote),
         is_suppressed=around.is_suppressed,
+        request=around.request,
     )
 
 
@@ -309,34 +320,60 @@ class continued_from(Block[SessionRun]):  # noqa: N801  a verb, used as `with ..
 
     def activate(self) -> SessionRun:
         """Read the headers and begin the session."""
-        client = self.client
-        format = client.config.session_id_format  # noqa: A001
-        try:
-            incoming = _propagation.extract(
-                self._headers,
-                session_id_format=format,
-                is_trusted=self._is_trusted,
-                is_user_trusted=client.config.trust_user_header,
-            )
-        except Exception as error:  # noqa: BLE001  what is no headers may raise anything
-            kind = type(self._headers).__name__
-            _diagnostics.note(
-                "headers",
-                "continued_from() needs a mapping or pairs of header names and values "
-                f"(got {kind}: {type(error).__name__}). The session is a new one.",
-            )
-            incoming = _propagation.Incoming()
-        for field in incoming.refused:
-            client.adjust(field)
-        session_id = incoming.session_id or new_session_id("srv-", format)
-        frame = session_frame(
-            session_id,
-            user_id=incoming.user_id,
-            request_id=incoming.request_id or new_id(),
-            journey_id=incoming.journey_id,
-            is_remote=incoming.session_id is not None,
+        return SessionRun(
+            continued_frame(self._headers, self.client, is_trusted=self._is_trusted)
         )
-        return SessionRun(frame)
+
+
+def continued_frame(
+    headers: Headers,
+    client: Client,
+    *,
+    is_trusted: bool = False,
+    is_apart: bool = False,
+) -> Frame:
+    """
+    Return a frame that goes on with the correlation in *headers*.
+
+    Args:
+        headers: As for `continued_from`.
+
+        client: Has the settings, and counts what is refused.
+
+        is_trusted: Whether outsiders cannot write the headers.
+
+        is_apart: Whether nothing, metadata neither, comes from the present frame: it
+            is that of whoever started the server, or of the request before.
+    """
+    format = client.config.session_id_format  # noqa: A001
+    try:
+        incoming = _propagation.extract(
+            headers,
+            session_id_format=format,
+            is_trusted=is_trusted,
+            is_user_trusted=client.config.trust_user_header,
+        )
+    except Exception as error:  # noqa: BLE001  what is no headers may raise anything
+        kind = type(headers).__name__
+        _diagnostics.note(
+            "headers",
+            "continued_from() needs a mapping or pairs of header names and values "
+            f"(got {kind}: {type(error).__name__}). The session is a new one.",
+        )
+        incoming = _propagation.Incoming()
+    for field in incoming.refused:
+        client.adjust(field)
+    frame = session_frame(
+        incoming.session_id or new_session_id("srv-", format),
+        around=_OUTSIDE if is_apart else None,
+        user_id=incoming.user_id,
+        request_id=incoming.request_id or new_id(),
+        journey_id=incoming.journey_id,
+        is_remote=incoming.session_id is not None,
+    )
+    if frame.parent is None or frame.session_id != frame.parent.session_id:
+        frame.request = None  # it is another piece of work
+    return frame
 
 
 # --- journeys ---
@@ -452,7 +489,7 @@ class ApiCall(Activation):
         status_code: The HTTP status to tell; set it where 200 is not the answer.
     """
 
-    __slots__ = ("_client", "_component", "_started", "method", "path", "status_code")
+    __slots__ = ("_component", "_started", "client", "method", "path", "status_code")
 
     def __init__(
         self,
@@ -460,14 +497,15 @@ class ApiCall(Activation):
         method: str | None,
         path: str | None,
         component: str | None = None,
+        frame: Frame | None = None,
     ) -> None:
-        self._client = client
         self._component = component
+        self.client = client
         self.method = method
         self.path = path
         self.status_code: int = 200
         self._started = time.perf_counter()
-        super().__init__(part_frame())
+        super().__init__(part_frame() if frame is None else frame)
 
     def tell(self, error: BaseException | None, result: object) -> None:
         """Emit the response, and before it the error that a 500 stands for."""
@@ -475,34 +513,47 @@ class ApiCall(Activation):
         status = self.answer(result) if error is None else _errors.status_of(error)
         checked = _errors.as_status(status)
         if checked is None:
-            self._client.adjust("status_code")
+            self.client.adjust("status_code")
             checked = 200
-        if checked >= 500:  # noqa: PLR2004
-            self._tell_error(error, checked)
+        self.tell_response(checked, duration, error)
+
+    def tell_response(
+        self,
+        status: int,
+        duration: float,
+        error: BaseException | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Emit a response with this *status*, and before it the error of a 500."""
+        if status >= 500:  # noqa: PLR2004
+            self.tell_error(error, status)
         fields: dict[str, Any] = {
             "api_path": self.path,
-            "api_status_code": checked,
+            "api_status_code": status,
             "api_duration_ms": duration * 1000,
         }
         if self.method is not None:
             fields["api_method"] = self.method
-        self._client.emit("api.response", **fields)
+        if metadata:
+            fields["metadata"] = metadata
+        self.client.emit("api.response", **fields)
 
     def answer(self, result: object) -> int:
         """Return the status of a call that came to its end."""
         del result
         return self.status_code
 
-    def _tell_error(self, error: BaseException | None, status: int) -> None:
+    def tell_error(self, error: BaseException | None, status: int) -> None:
+        """Emit the *error*, or that there is none but this *status*."""
         if error is None:
-            self._client.emit(
+            self.client.emit(
                 "error",
                 error_type=str(status),
                 error_message=_errors.phrase(status),
                 error_component=self._component,
             )
         elif _errors.is_failure(error):
-            self._client.track_error(error, error_component=self._component)
+            self.client.track_error(error, error_component=self._component)
 
 
 class api_call(Block[ApiCall]):  # noqa: N801  a verb, used as `with api_call(...)`

@@ -26,13 +26,14 @@ import attrs
 from pgtrack._clock import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = [
     "SUPPRESSED",
     "Cell",
     "Context",
     "Frame",
+    "Request",
     "context_of",
     "current_frame",
     "is_journey_id",
@@ -98,6 +99,82 @@ class Cell:
         self.user_id = user_id
 
 
+class Request:
+    """
+    What becomes known of the request that is being served, until it is told.
+
+    A middleware makes it; frameworks and `track_api` add to it, in whatever thread or
+    task they run.
+
+    Attributes:
+        client: Whose event the request becomes; None where it becomes none.
+
+        method: The HTTP method.
+
+        path: The path as it came, without the query.
+
+        find_route: Returns the template that the path fits, such as `/users/{id}`, once
+            the framework has found it, else None.
+
+        given_method: The method that `track_api` was given.
+
+        given_path: The path that `track_api` was given.
+
+        error: What ended the request's own function; kept until the request is told.
+
+        component: The function that it ended.
+    """
+
+    __slots__ = (
+        "_claims",
+        "client",
+        "component",
+        "error",
+        "find_route",
+        "given_method",
+        "given_path",
+        "method",
+        "path",
+    )
+
+    def __init__(self, client: object, method: str | None, path: str) -> None:
+        self.client = client
+        self.method = method
+        self.path = path
+        self.find_route: Callable[[], str | None] | None = None
+        self.given_method: str | None = None
+        self.given_path: str | None = None
+        self.error: BaseException | None = None
+        self.component: str | None = None
+        self._claims = [None]
+
+    def claim(self) -> bool:
+        """
+        Return whether the caller is the request's own function, the first that asks.
+
+        Nobody is once the answer has begun: what runs then is background work.
+        """
+        try:
+            self._claims.pop()  # one call into C, so that of two threads one has it
+        except IndexError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let no function be the request's own any more."""
+        self._claims.clear()
+
+    def best_path(self) -> str:
+        """Return the path that was given, else the route, else the path as it came."""
+        if self.given_path is not None:
+            return self.given_path
+        try:
+            route = None if self.find_route is None else self.find_route()
+        except Exception:  # noqa: BLE001  routing is the framework's own code
+            route = None
+        return self.path if route is None else route
+
+
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _keys = itertools.count()
 
@@ -128,6 +205,8 @@ class Frame:
         key: What tells frames apart; one that moved to another parent keeps it.
 
         redacted: The metadata as each client redacted it; shared where it is the same.
+
+        request: The request that is being served by this process, where one is.
     """
 
     __slots__ = (
@@ -139,6 +218,7 @@ class Frame:
         "metadata",
         "parent",
         "redacted",
+        "request",
         "request_id",
         "session_id",
         "step",
@@ -156,6 +236,7 @@ class Frame:
         cell: Cell | None = None,
         is_remote: bool = False,
         is_suppressed: bool = False,
+        request: Request | None = None,
     ) -> None:
         self.parent = parent
         self.session_id = session_id
@@ -166,6 +247,7 @@ class Frame:
         self.cell = Cell() if cell is None else cell
         self.is_remote = is_remote
         self.is_suppressed = is_suppressed
+        self.request = request
         self.key = next(_keys)
         self.redacted: dict[object, Mapping[str, Any]] = (
             parent.redacted
@@ -190,6 +272,7 @@ class Frame:
             cell=self.cell,
             is_remote=self.is_remote,
             is_suppressed=self.is_suppressed,
+            request=self.request,
         )
 
     def inside(self, parent: Frame | None) -> Frame:

@@ -13,12 +13,13 @@ from pgtrack import _errors
 from pgtrack._api import default_client
 from pgtrack._blocks import Activation, ApiCall, part_frame
 from pgtrack._context import current_frame
-from pgtrack._observe import F, Under, name_of, observe
+from pgtrack._observe import F, Run, Under, name_of, observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pgtrack._client import Client
+    from pgtrack._context import Request
 
 __all__ = ["bind", "journey_step", "track_api"]
 
@@ -51,6 +52,25 @@ class _TrackedCall(ApiCall):
             return status
         own = _errors.as_status(_errors.getattr_safely(result, "status_code"))
         return self.status_code if own is None else own
+
+
+class _OwnFunction:
+    """A run of a served request's own function, which its middleware tells."""
+
+    __slots__ = ("_request",)
+
+    def __init__(
+        self, request: Request, method: str | None, path: str | None, component: str
+    ) -> None:
+        self._request = request
+        request.given_method = method
+        request.given_path = path
+        request.component = component
+
+    def leave(self, error: BaseException | None = None, result: object = None) -> None:
+        """Leave the *error* to the middleware, which knows what it was answered by."""
+        del result
+        self._request.error = error
 
 
 @overload
@@ -86,10 +106,16 @@ def track_api(
     An exception that carries a status gives that, a cancellation 499, any other 500.
     From 500 on there is an `error` event, too.
 
-    Args:
-        path: The route or path.  By default the function's module and name.
+    In a request that a middleware of pgtrack's tells, the first such function is the
+    request's own, and makes no event: its path and method, where given, go into the
+    request's, whose status is that of the answer.  Functions that it calls, and those
+    that run once the answer has begun, make events of their own.
 
-        method: The HTTP method.
+    Args:
+        path: The route or path.  By default that of the request whose own function it
+            is, else the function's module and name.
+
+        method: The HTTP method; by default that of such a request.
 
         status: The status, or a function of the result that returns it.
 
@@ -114,13 +140,22 @@ class _TrackApi:
 
     def __call__(self, function: F) -> F:
         component = name_of(function)
-        path = self.path or component
 
-        def start() -> _TrackedCall | None:
+        def start() -> Run | None:
             client = default_client() if self.client is None else self.client
             if not client.is_enabled:
                 return None
-            return _TrackedCall(client, self.method, path, component, self.status)
+            method, path = self.method, self.path
+            frame = current_frame()
+            request = None if frame is None else frame.request
+            if request is not None and request.claim():
+                if request.client is client:
+                    return _OwnFunction(request, method, path, component)
+                method = method or request.method
+                path = path or request.best_path()
+            return _TrackedCall(
+                client, method, path or component, component, self.status
+            )
 
         return observe(function, start, self)
 

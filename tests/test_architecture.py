@@ -11,6 +11,12 @@ import pgtrack
 
 PACKAGE = Path(pgtrack.__file__).parent
 
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+)
+"""Every module, by its dotted name in the package."""
+
 LAYERS = {
     "leaves": {"exceptions", "typing", "_clock", "_diagnostics", "_ledger"},
     "model": {
@@ -47,6 +53,7 @@ LAYERS = {
         "_pytest_plugin",
         "testing",
     },
+    "edges": {module for module in MODULES if module.startswith("integrations.")},
 }
 """From the bottom up; a module may import its own layer and those below it."""
 
@@ -60,13 +67,36 @@ THIRD_PARTIES = {
 }
 """What may be imported from outside of the standard library; None: anywhere."""
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FRAMEWORKS = {
+    "integrations.aiohttp": {"aiohttp", "yarl"},
+    "integrations.celery": {"billiard", "celery", "kombu"},
+    "integrations.concurrent": {"wrapt"},
+    "integrations.django": {"asgiref", "django"},
+    "integrations.flask": {"flask", "werkzeug"},
+    "integrations.grpc": {"grpc"},
+    "integrations.httpx": {"httpx", "httpx2", "wrapt"},
+    "integrations.opentelemetry": {"opentelemetry"},
+    "integrations.prometheus": {"prometheus_client"},
+    "integrations.requests": {"requests", "wrapt"},
+    "integrations.rq": {"rq"},
+    "integrations.starlette": {"starlette"},
+    "integrations.structlog": {"structlog"},
+    "integrations.urllib3": {"urllib3", "wrapt"},
+    "integrations.wsgi": {"wrapt"},
+}
+"""What an integration may import beside: what it is for."""
+
 ORDER = list(LAYERS)
+
+
+def source_of(module: str) -> str:
+    """Return the text of *module*."""
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text("utf-8")
 
 
 def imports_of(module: str) -> list[tuple[str, bool]]:
     """Return what *module* imports at run time, and whether at its top."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    tree = ast.parse(source_of(module))
     found: list[tuple[str, bool]] = []
 
     def visit(node: ast.AST, *, is_top: bool) -> None:
@@ -112,8 +142,8 @@ def test_a_module_imports_its_own_layer_and_those_below(module: str) -> None:
         name
         for name, is_top in imports_of(module)
         if is_top and name.startswith("pgtrack.")
-        if name.split(".")[1] in MODULES
-        if ORDER.index(layer_of(name.split(".")[1])) > own
+        if (other := name.removeprefix("pgtrack.")) in MODULES
+        if ORDER.index(layer_of(other)) > own
     ]
 
     assert above == []
@@ -129,6 +159,8 @@ def test_third_parties_have_their_place(module: str) -> None:
         root = name.split(".")[0]
         if root == "pgtrack" or root in sys.stdlib_module_names:
             continue
+        if root in FRAMEWORKS.get(module, ()):
+            continue
         places = THIRD_PARTIES.get(root, set())
         if places is not None and module not in places:
             misplaced.append(name)
@@ -139,7 +171,7 @@ def test_third_parties_have_their_place(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
 def test_every_module_says_what_it_is_for(module: str) -> None:
     """Each module starts with a docstring."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    tree = ast.parse(source_of(module))
 
     assert ast.get_docstring(tree)
 

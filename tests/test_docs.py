@@ -143,6 +143,15 @@ def timeless(event: dict[str, Any]) -> dict[str, Any]:
     return {k: type(v).__name__ if k in unlike else v for k, v in event.items()}
 
 
+def skip_without_packages(page: str) -> None:
+    """Skip the test of an integration's page where what it integrates is missing."""
+    if not page.startswith("docs/integrations/"):
+        return
+    code = "\n".join(b.text for b in blocks_of(page) if b.language == "python")
+    for name in re.findall(r"^ *(?:from|import) (\w+)", code, re.MULTILINE):
+        pytest.importorskip(name)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs_and_does_what_is_shown(
     page: str,
@@ -152,6 +161,7 @@ def test_code_runs_and_does_what_is_shown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every block of Python on a page runs, in order, and prints what is shown."""
+    skip_without_packages(page)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -227,11 +237,29 @@ def test_links_resolve(page: str) -> None:
     assert [] == broken
 
 
-def test_every_page_is_linked_from_the_readme() -> None:
-    """A reader who starts at the README finds every page."""
-    text = PAGES["README.md"].read_text("utf-8")
+def test_every_page_is_linked() -> None:
+    """A reader who starts at the README finds every page; integrations by theirs."""
+    index = "docs/integrations/README.md"
+    texts = PAGES["README.md"].read_text("utf-8"), PAGES[index].read_text("utf-8")
 
-    assert [] == [p for p in PAGES if p != "README.md" and f"({p})" not in text]
+    assert [] == [
+        page
+        for page in PAGES
+        if page != "README.md"
+        and f"({page})" not in texts[0]
+        and f"({page.removeprefix('docs/integrations/')})" not in texts[1]
+    ]
+
+
+INTEGRATIONS = [page for page in PAGES if re.match(r"docs/integrations/[a-z]", page)]
+
+
+@pytest.mark.parametrize("page", INTEGRATIONS)
+def test_pages_of_integrations_are_alike(page: str) -> None:
+    """Each integration's page has the same headings, in the same order."""
+    headings = re.findall(r"^## (.*)$", prose_of(PAGES[page]), re.MULTILINE)
+
+    assert ["Install", "Use", "What it does", "Options", "Limits"] == headings
 
 
 # --- the tables are complete and true --------------------------------------------

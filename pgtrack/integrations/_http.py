@@ -1,0 +1,220 @@
+"""
+What the integrations of web frameworks share: a request that is being served.
+
+The order is the same in each: `Served` reads the headers and begins, `answer` hears
+that the answer begins, `complete` that it is out to its end, and `leave` that the
+framework is done.  Nothing here knows ASGI, WSGI or any framework.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, TypeAlias
+
+from pgtrack import _api, _errors
+from pgtrack._blocks import ApiCall, continued_frame
+from pgtrack._context import Request
+from pgtrack._diagnostics import internal_error
+from pgtrack._propagation import REQUEST_HEADER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pgtrack._client import Client
+    from pgtrack._propagation import Headers
+
+__all__ = ["REQUEST_HEADER", "Paths", "Served", "Serving", "paths"]
+
+Paths: TypeAlias = "Callable[[str], bool]"
+"""Tells whether a path is one of those that were named."""
+
+_METHOD = re.compile(r"[A-Z][A-Z-]{0,9}", re.ASCII).fullmatch
+
+
+def paths(patterns: str | Iterable[str]) -> Paths:
+    """
+    Return what tells the paths that *patterns* name.
+
+    Args:
+        patterns: Whole paths as clients see them; `*` stands for any text, slashes
+            included: `/health`, `/static/*`.
+
+    Raises:
+        TypeError: If a pattern is no text.
+    """
+    given: list[object] = [patterns] if isinstance(patterns, str) else [*patterns]
+    for pattern in given:
+        if not isinstance(pattern, str):
+            kind = type(pattern).__name__
+            msg = (
+                f"exclude must be paths such as '/health' or '/static/*' (got {kind})."
+            )
+            raise TypeError(msg)
+    if not given:
+        return lambda _: False
+    spelt = "|".join(re.escape(str(pattern)).replace(r"\*", ".*") for pattern in given)
+    match = re.compile(spelt, re.DOTALL).fullmatch
+    return lambda path: match(path) is not None
+
+
+class Serving:
+    """
+    How a middleware serves requests: the options that all of them have.
+
+    Args:
+        client: Instead of the default client, which is looked up at each request.
+
+        track: Whether each request makes an `api.response` event; False leaves the
+            correlation alone.
+
+        exclude: The paths of requests that make none; see `paths`.
+    """
+
+    __slots__ = ("_client", "_is_excluded", "_track")
+
+    def __init__(
+        self,
+        client: Client | None = None,
+        track: bool = True,  # noqa: FBT001, FBT002  a name of the design's
+        exclude: str | Iterable[str] = (),
+    ) -> None:
+        self._client = client
+        self._track = track
+        self._is_excluded = paths(exclude)
+
+    @property
+    def client(self) -> Client:
+        """The client of the middleware, else the default one."""
+        return _api.default_client() if self._client is None else self._client
+
+    async def aflush(self) -> None:
+        """Deliver what was emitted, within `exit_timeout`; raises nothing."""
+        client = self.client
+        if client.is_enabled:
+            wait = _api.aflush if self._client is None else client.aflush
+            try:
+                await wait(client.config.exit_timeout)
+            except Exception as error:  # noqa: BLE001  the host must go on
+                internal_error(error)
+
+    def begin(self, headers: Headers, method: str | None, path: str) -> Served | None:
+        """
+        Begin to serve a request; None, by an error of ours, if that cannot be.
+
+        Without a *method*, as a WebSocket, it has no status, and tells errors alone.
+        """
+        client = self.client
+        try:
+            is_told = self._track and client.is_enabled and not self._is_excluded(path)
+            return Served(client, headers, method, path, is_told=is_told)
+        except Exception as error:  # noqa: BLE001  the host must go on
+            internal_error(error)
+            return None
+
+    def join(self, served: Served) -> None:
+        """
+        Join in a request that another middleware around this one serves already.
+
+        It is told once, by the outer one, unless that one tells nothing at all.
+        """
+        request = served.request
+        client = self.client
+        is_taken = request.client is not None
+        if is_taken or not self._track or not client.is_enabled:
+            return
+        if not self._is_excluded(request.path):
+            request.client = served.client = client
+
+
+class Served(ApiCall):
+    """
+    One request that is being served: its correlation, and its one event.
+
+    Attributes:
+        request: What frameworks and `track_api` add to.
+
+        is_gone: Whether the client hung up before the answer was complete.
+
+        has_begun: Whether the answer has begun, so that its status is known.
+    """
+
+    __slots__ = ("_duration", "_is_told", "has_begun", "is_gone", "request")
+
+    def __init__(
+        self,
+        client: Client,
+        headers: Headers,
+        method: str | None,
+        path: str,
+        *,
+        is_told: bool,
+        is_trusted: bool = False,
+    ) -> None:
+        if method is not None and _METHOD(method) is None:
+            method = "_OTHER"  # as in OpenTelemetry's conventions for HTTP
+        frame = continued_frame(headers, client, is_trusted=is_trusted, is_apart=True)
+        self.request = Request(client if is_told else None, method, path)
+        if method is not None:
+            frame.request = self.request
+        self.is_gone = False
+        self.has_begun = False
+        self._is_told = method is None
+        self._duration: float | None = None
+        super().__init__(client, method, path, frame=frame)
+
+    @property
+    def request_id(self) -> str:
+        """The id that every answer echoes."""
+        return str(self.frame.request_id)
+
+    def answer_with(self, status: int) -> None:
+        """Hear that the answer begins; what runs from now on is background work."""
+        self.status_code = status
+        self.has_begun = True
+        self.request.close()
+
+    def complete(self) -> None:
+        """
+        Hear that the answer is out to its end.
+
+        This tells the request, unless it failed: what failed may still come out.
+        """
+        if self._duration is None:
+            self._duration = time.perf_counter() - self._started
+            if self.status_code < 500:  # noqa: PLR2004
+                self.tell_inside()
+
+    def tell(self, error: BaseException | None, result: object) -> None:
+        """Emit the response, once, and the error that escaped or that a 500 is of."""
+        del result
+        request = self.request
+        request.close()
+        own, request.error = request.error, None
+        if request.client is None:
+            return
+        self._component = request.component
+        status = self._status(error)
+        if error is not None and status < 500 and _errors.is_failure(error):  # noqa: PLR2004
+            self.tell_error(error, status)
+        if self._is_told:
+            return
+        self._is_told = True
+        self.method = request.given_method or request.method
+        self.path = request.best_path()
+        is_cut = self.has_begun and self._duration is None
+        duration = time.perf_counter() - self._started
+        self.tell_response(
+            status,
+            duration if self._duration is None else self._duration,
+            own if error is None else error,
+            {"incomplete": True} if is_cut else None,
+        )
+
+    def _status(self, error: BaseException | None) -> int:
+        """Return the status that the client saw, or would have seen."""
+        if self.has_begun:
+            return self.status_code
+        if self.is_gone or (error is not None and not _errors.is_failure(error)):
+            return _errors.CANCELLED
+        return 500  # which servers answer with where an application did not
