@@ -29,6 +29,7 @@ import pytest
 import pgtrack
 from harness import run_script, start_together
 from pgtrack._context import current_frame
+from pgtrack.integrations._http import Served, Serving
 from pgtrack.testing import capture
 
 if TYPE_CHECKING:
@@ -2070,6 +2071,181 @@ class TestErrors:
             step(lambda: None)()
 
         assert [event.journey_id for event in events] == ["around", "checkout"]
+
+
+class TestInARequest:
+    """Under a middleware of pgtrack's, which tells each request once."""
+
+    def served(self, **options: Any) -> Served:
+        served = Serving(**options).begin({}, "GET", "/users/7")
+        assert served is not None
+        return served
+
+    def answer(self, served: Served, status: int = 200) -> None:
+        served.answer_with(status)
+        served.complete()
+        served.leave()
+
+    def test_the_outermost_is_the_requests_own(self, events: Events) -> None:
+        """The first decorated function makes no event; its path and method win."""
+        served = self.served()
+        api(lambda: None)()
+        self.answer(served, 201)
+
+        assert [("POST", "/api", 201)] == calls(events)
+
+    def test_a_bare_one_leaves_path_and_method(self, events: Events) -> None:
+        """Without path and method those of the request stay, the route first of all."""
+        served = self.served()
+        served.request.find_route = lambda: "/users/{id}"
+        pgtrack.track_api(divide_by_one)()
+        self.answer(served)
+
+        assert [("GET", "/users/{id}", 200)] == calls(events)
+
+    def test_nested_ones_are_their_own(self, events: Events) -> None:
+        """What a request's own function calls makes events of its own."""
+        served = self.served()
+        bare = pgtrack.track_api(divide_by_one)
+        nested = pgtrack.track_api("/nested")(bare)
+        api(nested)()
+        with pgtrack.api_call("PUT", "/block"):
+            pgtrack.track_api_call("PATCH", "/call")
+        self.answer(served)
+
+        name = f"{__name__}.divide_by_one"
+        assert [
+            (None, name, 200),
+            (None, "/nested", 200),
+            ("PATCH", "/call", 200),
+            ("PUT", "/block", 200),
+            ("POST", "/api", 200),
+        ] == calls(events)
+
+    def test_background_work_is_its_own(self, events: Events) -> None:
+        """What runs once the answer has begun makes events of its own."""
+        served = self.served()
+        served.answer_with(200)
+        api(lambda: None)()
+        served.complete()
+        served.leave()
+
+        assert [("POST", "/api", 200), ("GET", "/users/7", 200)] == calls(events)
+
+    def test_untold(self, events: Events) -> None:
+        """Where the middleware tells nothing, a bare one has the request's path."""
+        served = self.served(track=False)
+        served.request.find_route = lambda: "/users/{id}"
+        pgtrack.track_api(pgtrack.track_api(divide_by_one))()
+        self.answer(served)
+
+        name = f"{__name__}.divide_by_one"
+        assert [(None, name, 200), ("GET", "/users/{id}", 200)] == calls(events)
+
+    def test_a_route_that_raises(self, events: Events) -> None:
+        """Where routing itself fails the path is as it came."""
+        served = self.served()
+        served.request.find_route = divide  # type: ignore[assignment, return-value]
+        self.answer(served)
+
+        assert [("GET", "/users/7", 200)] == calls(events)
+
+    def test_another_client(self, events: Events) -> None:
+        """A function with a client of its own tells that one, too."""
+        served = self.served()
+        with pgtrack.Client(
+            pgtrack.Config.isolated(project_id="p", endpoint="https://h.invalid")
+        ) as other:
+            pgtrack.track_api("/mine", client=other)(divide_by_one)()
+            emitted = other.stats().emitted
+            other.close(0)
+        self.answer(served)
+
+        assert 1 == emitted
+        assert [("GET", "/users/7", 200)] == calls(events)
+
+    def test_its_error_is_told_with_a_500(self, events: Events) -> None:
+        """The error of the own function is that of a failed answer, told once."""
+        served = self.served()
+        with pytest.raises(ZeroDivisionError):
+            api(divide)()
+        self.answer(served, 500)
+
+        assert ["ZeroDivisionError", 500] == told(events)
+        assert f"{__name__}.divide" == events[0].error_component
+
+    def test_its_error_was_answered_otherwise(self, events: Events) -> None:
+        """An error that the framework answers with a 4xx makes no error event."""
+        served = self.served()
+        with pytest.raises(ZeroDivisionError):
+            api(divide)()
+        self.answer(served, 422)
+
+        assert [422] == told(events)
+
+    def test_its_error_is_not_kept(self, events: Events) -> None:
+        """Once the request is told, nothing holds on to the error."""
+        served = self.served()
+        with pytest.raises(ZeroDivisionError):
+            api(divide)()
+        assert served.request.error is not None
+        self.answer(served, 500)
+
+        assert served.request.error is None
+
+    def test_two_at_once(self, events: Events) -> None:
+        """Of many threads in one request only one is its own function."""
+        served = self.served()
+        work = pgtrack.bind(api(lambda: None))
+        start_together(8, lambda _: work())
+        self.answer(served)
+
+        assert [("POST", "/api", 200)] * 8 == calls(events)
+
+    def test_another_session_inside(self, events: Events) -> None:
+        """A session that the handler opens is still inside of the request."""
+        served = self.served()
+        with pgtrack.session("other"):
+            api(lambda: None)()
+        self.answer(served)
+
+        assert [("POST", "/api", 200)] == calls(events)
+        assert events[0].session_id != "other"
+
+    def test_other_work_inside(self, events: Events) -> None:
+        """What is continued from elsewhere, as a message is, is no part of it."""
+        served = self.served()
+        with pgtrack.continued_from({"X-Session-ID": "message"}):
+            api(lambda: None)()
+        self.answer(served)
+
+        assert ["message", events[1].session_id] == sessions(events)
+        assert [("POST", "/api", 200), ("GET", "/users/7", 200)] == calls(events)
+
+    def test_generators(self, events: Events) -> None:
+        """A decorated generator that makes the answer is the request's own."""
+        served = self.served()
+        chunks = pgtrack.track_api("/stream")(count_to)(2)
+        next(chunks)
+        served.answer_with(200)
+        list(chunks)
+        served.complete()
+        served.leave()
+
+        assert [("GET", "/stream", 200)] == calls(events)
+
+
+def calls(events: Events) -> list[tuple[str | None, str | None, int | None]]:
+    """Return method, path and status of the calls among *events*."""
+    return [(e.api_method, e.api_path, e.api_status_code) for e in events]
+
+
+def divide_by_one() -> float:
+    return 1 / 1
+
+
+def count_to(n: int) -> Iterator[int]:
+    yield from range(n)
 
 
 def divide() -> float:
