@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pgtrack import _context, _diagnostics, _propagation
 from pgtrack._client import Client, in_thread, spells_out
-from pgtrack._clock import SYSTEM_CLOCK
+from pgtrack._clock import SYSTEM_CLOCK, seconds
 from pgtrack._config import Config
 from pgtrack._ledger import Stats
 from pgtrack.exceptions import ConfigError
@@ -238,7 +238,7 @@ async def ashutdown(timeout: float = 5.0) -> bool:
 
 
 def _each(verb: str, timeout: float) -> bool:
-    deadline = SYSTEM_CLOCK.monotonic() + timeout
+    deadline = SYSTEM_CLOCK.monotonic() + seconds(timeout)
     is_done = True
     for client in (*_retired, default_client()):
         left = max(deadline - SYSTEM_CLOCK.monotonic(), 0.0)

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pgtrack import _diagnostics, _errors, _process
-from pgtrack._clock import SYSTEM_CLOCK
+from pgtrack._clock import SYSTEM_CLOCK, seconds
 from pgtrack._context import (
     Frame,
     current_frame,
@@ -463,12 +463,17 @@ class Client:
         Wait until all that was emitted before the call came to an end.
 
         Args:
-            timeout: Most seconds to wait, honoured to a tenth of a second.
+            timeout: Most seconds to wait, honoured to a tenth of a second; `math.inf`
+                waits for as long as it takes.
 
         Returns:
             True if each of those events was delivered, rejected or dropped; False if
             some are still pending.  In `before_send` False at once.
+
+        Raises:
+            TypeError: If *timeout* is no number.
         """
+        timeout = seconds(timeout)
         if self._sink is None:
             _diagnostics.tell()  # as the sinks do
             return True
@@ -483,7 +488,11 @@ class Client:
 
         Returns:
             Whether nothing was left.
+
+        Raises:
+            TypeError: If *timeout* is no number.
         """
+        timeout = seconds(timeout)
         self.is_closed = True
         return self._sink is None or self._sink.close(timeout)
 
@@ -590,6 +599,7 @@ def _milliseconds(seconds: Any) -> Any:
 
 async def in_thread(wait: Callable[[float], bool], timeout: float) -> bool:
     """Run *wait* in a thread of the running event loop's."""
+    timeout = seconds(timeout)  # an error here, rather than in the thread
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_run():
         is_done = await trio.to_thread.run_sync(wait, timeout, abandon_on_cancel=True)

@@ -8,11 +8,20 @@ a deadline measured on a stopped clock never comes.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 
-__all__ = ["SYSTEM_CLOCK", "Signal", "SystemClock", "format_time", "new_id", "new_ids"]
+__all__ = [
+    "SYSTEM_CLOCK",
+    "Signal",
+    "SystemClock",
+    "format_time",
+    "new_id",
+    "new_ids",
+    "seconds",
+]
 
 
 class Signal:
@@ -41,7 +50,7 @@ class Signal:
         """Wait until given, at most *timeout* seconds; True if it was given."""
         if timeout is None:
             return self._lock.acquire()
-        return self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+        return self._lock.acquire(timeout=seconds(timeout))
 
 
 class SystemClock:
@@ -59,6 +68,26 @@ class SystemClock:
 
 
 SYSTEM_CLOCK = SystemClock()
+
+
+def seconds(timeout: object) -> float:
+    """
+    Return *timeout* as seconds that can be waited for; what is negative is 0.
+
+    Raises:
+        TypeError: If it is no number.
+    """
+    try:
+        number = float(timeout)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(timeout, str) or math.isnan(number):
+        msg = (
+            f"timeout must be a number of seconds (got {type(timeout).__name__}). "
+            "Use 5.0, or math.inf to wait for as long as it takes."
+        )
+        raise TypeError(msg)
+    return min(max(number, 0.0), threading.TIMEOUT_MAX)
 
 
 def new_ids(count: int) -> list[str]:

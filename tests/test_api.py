@@ -389,3 +389,17 @@ class TestAsync:
 
         assert asyncio.run(main()) == (True, True)
         assert not pgtrack.emit("late")
+
+    @pytest.mark.parametrize("verb", ["flush", "shutdown", "aflush", "ashutdown"])
+    def test_a_timeout_that_is_none(self, verb: str) -> None:
+        """Every verb that waits refuses what is no number of seconds, at once."""
+        import asyncio
+
+        async def main() -> None:
+            done = getattr(pgtrack, verb)(None)
+            if asyncio.iscoroutine(done):
+                await asyncio.wait_for(done, 5)
+
+        pgtrack.configure(**OPTIONS, endpoint="https://h.invalid")
+        with pytest.raises(TypeError, match="timeout must be a number of seconds"):
+            asyncio.run(main())

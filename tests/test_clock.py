@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
 from datetime import datetime, timezone
+from decimal import Decimal
 
 import freezegun
 import pytest
 
 from harness import in_fork, start_together
 from pgtrack import Client, Config
-from pgtrack._clock import SYSTEM_CLOCK, Signal, format_time, new_id, new_ids
+from pgtrack._clock import (
+    SYSTEM_CLOCK,
+    Signal,
+    format_time,
+    new_id,
+    new_ids,
+    seconds,
+)
 from pgtrack.testing import RecordingTransport
 
 
@@ -64,6 +73,33 @@ class TestSignal:
         start_together(16, lambda _: [signal.give() for _ in range(1000)])
 
         assert (True, False) == (signal.wait(0.0), signal.wait(0.0))
+
+
+class TestSeconds:
+    """What can be waited for."""
+
+    @pytest.mark.parametrize(
+        ("timeout", "expected"),
+        [
+            (5, 5.0),
+            (0.25, 0.25),
+            (Decimal("1.5"), 1.5),
+            (-3, 0.0),
+            (math.inf, threading.TIMEOUT_MAX),
+        ],
+    )
+    def test_numbers(self, timeout, expected) -> None:
+        """A number is seconds, none of them negative or beyond the platform's most."""
+        assert expected == seconds(timeout)
+
+    @pytest.mark.parametrize("timeout", [None, "5", "5s", [], math.nan])
+    def test_what_is_no_number(self, timeout) -> None:
+        """Whatever else is given is an error that says what would do."""
+        with pytest.raises(TypeError) as caught:
+            seconds(timeout)
+
+        kind = type(timeout).__name__
+        assert f"timeout must be a number of seconds (got {kind})." in str(caught.value)
 
 
 class TestIds:
