@@ -8,6 +8,7 @@ a deadline measured on a stopped clock never comes.
 
 from __future__ import annotations
 
+import collections
 import math
 import os
 import threading
@@ -94,8 +95,7 @@ def new_ids(count: int) -> list[str]:
     """
     Return *count* random UUIDs (RFC 9562, version 4) as text.
 
-    One read of the system's generator serves them all.  No state is kept, so
-    a forked child cannot repeat its parent's.
+    One read of the system's generator serves them all.
     """
     digits = os.urandom(16 * count).hex()
     ids = []
@@ -106,9 +106,29 @@ def new_ids(count: int) -> list[str]:
     return ids
 
 
+_ids: collections.deque[str] = collections.deque()
+"""Ids made ahead; taking one is one call into C, whoever else does so at once."""
+
+_AHEAD = 64
+
+
 def new_id() -> str:
-    """Return one random UUID as text."""
-    return new_ids(1)[0]
+    """
+    Return one random UUID as text.
+
+    The system's generator is read for many at once: each read lets go of the
+    interpreter, and to get it back may take longer than all else a request costs.
+    """
+    try:
+        return _ids.popleft()
+    except IndexError:
+        made = new_ids(_AHEAD)
+        _ids.extend(made[1:])
+        return made[0]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_ids.clear)  # they are the parent's
 
 
 _FIRST = -62_135_596_800 * 10**9  # 0001-01-01T00:00:00Z

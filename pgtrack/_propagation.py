@@ -26,7 +26,7 @@ from pgtrack._context import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
 __all__ = ["Headers", "Incoming", "extract", "inject"]
 
@@ -51,12 +51,17 @@ Headers: TypeAlias = "HasItems | Iterable[tuple[HeaderText, object]] | None"
 
 Field: TypeAlias = Literal["session_id", "request_id", "user_id", "journey_id"]
 
-_FIELDS: Mapping[str, Field] = {
-    SESSION_HEADER.lower(): "session_id",
-    REQUEST_HEADER.lower(): "request_id",
-    USER_HEADER.lower(): "user_id",
-    JOURNEY_HEADER.lower(): "journey_id",
+_NAMES: dict[Field, str] = {
+    "session_id": SESSION_HEADER.lower(),
+    "request_id": REQUEST_HEADER.lower(),
+    "user_id": USER_HEADER.lower(),
+    "journey_id": JOURNEY_HEADER.lower(),
 }
+
+_FIELDS: Mapping[HeaderText, Field] = {
+    spelt: field for field, name in _NAMES.items() for spelt in (name, name.encode())
+}
+"""By lower-case names, as text and as bytes: most headers are none of ours."""
 
 
 @attrs.frozen(kw_only=True)
@@ -94,19 +99,25 @@ def extract(
 
         is_user_trusted: Whether the user is, at least.
     """
-    checks: dict[Field, Callable[[str], bool]] = {
-        "session_id": lambda value: is_session_id(value, session_id_format),
-        "request_id": is_request_id,
-    }
-    if is_trusted or is_user_trusted:
-        checks["user_id"] = is_user_id
-    if is_trusted:
-        checks["journey_id"] = is_journey_id
     found = _find(headers)
-    came = {field: found[field] for field in checks if field in found}
-    taken = {field: value for field, value in came.items() if checks[field](value)}
-    refused = tuple(field for field in came if field not in taken)
-    return Incoming(**taken, refused=refused)
+    taken: dict[Field, str] = {}
+    refused: list[Field] = []
+    for field, value in found.items():
+        if field == "session_id":
+            is_taken = is_session_id(value, session_id_format)
+        elif field == "request_id":
+            is_taken = is_request_id(value)
+        elif field == "user_id" and (is_trusted or is_user_trusted):
+            is_taken = is_user_id(value)
+        elif field == "journey_id" and is_trusted:
+            is_taken = is_journey_id(value)
+        else:
+            continue
+        if is_taken:
+            taken[field] = value
+        else:
+            refused.append(field)
+    return Incoming(**taken, refused=tuple(refused))
 
 
 def _find(headers: Headers) -> dict[Field, str]:
@@ -115,10 +126,14 @@ def _find(headers: Headers) -> dict[Field, str]:
     pairs: Any = headers or () if items is None else items()
     found: dict[Field, str] = {}
     for name, value in pairs:
-        field = _FIELDS.get((_text(name) or "").lower())
+        if not isinstance(name, (str, bytes)):
+            continue
+        field = _FIELDS.get(name.lower())
+        if field is None or field in found:
+            continue
         text = _text(value)
-        if field is not None and text is not None:
-            found.setdefault(field, text.strip(" \t"))
+        if text is not None:
+            found[field] = text.strip(" \t")
     if "journey_id" in found:
         found["journey_id"] = urllib.parse.unquote(found["journey_id"])
     return found
