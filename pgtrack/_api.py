@@ -12,7 +12,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from pgtrack import _context, _diagnostics, _propagation
+from pgtrack import _context, _diagnostics, _propagation, _tracing
 from pgtrack._client import Client, in_thread, spells_out
 from pgtrack._clock import SYSTEM_CLOCK, seconds
 from pgtrack._config import Config
@@ -20,12 +20,14 @@ from pgtrack._ledger import Stats
 from pgtrack.exceptions import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Unpack
 
     from pgtrack._config import ConfigOptions
     from pgtrack._context import Context
     from pgtrack._event import EventFields, StepFields
-    from pgtrack.typing import EventType
+    from pgtrack.typing import EventType, Transport
 
 __all__ = [
     "configure",
@@ -82,7 +84,11 @@ def swap_default(client: Client | None) -> Client | None:
         return before
 
 
-def configure(**options: Unpack[ConfigOptions]) -> Client:
+def configure(
+    *,
+    transport: Callable[[], Transport] | None = None,
+    **options: Unpack[ConfigOptions],
+) -> Client:
     """
     Make the default client, which all verbs, decorators and blocks use.
 
@@ -90,6 +96,10 @@ def configure(**options: Unpack[ConfigOptions]) -> Client:
     one takes over, and the old one delivers what it holds in the background.
 
     Args:
+        transport: Makes what carries the events, instead of the endpoint's own, such as
+            an `OTLPTransport`; called once in each process.  The same function, for
+            `configure` to return the present client.
+
         options: The fields of `pgtrack.Config`.  What is not given comes from
             `PRODUCTGRAPH_<NAME>`, else from the default.  Giving `endpoint` enables.
 
@@ -104,9 +114,9 @@ def configure(**options: Unpack[ConfigOptions]) -> Client:
     config = Config(**options)
     with _configuring:
         before = _client
-        if before is not None and before.config == config and not before.is_closed:
+        if before is not None and before.is_like(config, transport):
             return before
-        _client = client = Client(config)
+        _client = client = Client(config, transport=transport)
         for old in [old for old in _retired if old.has_ended]:
             _retired.remove(old)
             _past += old.stats()
@@ -180,10 +190,11 @@ def identify(user_id: str | int | None) -> None:
             "pgtrack.identify() was called outside of any session or request, and has "
             "no effect there. Call it inside `with pgtrack.session(...)` or a request.",
         )
-    elif user_id is None:
-        frame.cell.user_id = None
-    else:
-        frame.cell.user_id = default_client().checked_user_id(user_id)
+        return
+    if user_id is not None:
+        user_id = default_client().checked_user_id(user_id)
+    frame.cell.user_id = user_id
+    _tracing.identified(frame)
 
 
 def current() -> Context:

@@ -13,7 +13,7 @@ import abc
 import time
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pgtrack import _diagnostics, _errors, _propagation
+from pgtrack import _diagnostics, _errors, _propagation, _tracing
 from pgtrack._api import default_client
 from pgtrack._clock import new_id
 from pgtrack._context import (
@@ -373,6 +373,8 @@ def continued_frame(
     )
     if frame.parent is None or frame.session_id != frame.parent.session_id:
         frame.request = None  # it is another piece of work
+    if is_apart:
+        _tracing.begun(frame)
     return frame
 
 

@@ -15,7 +15,7 @@ import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from pgtrack import _diagnostics, _errors, _process
+from pgtrack import _diagnostics, _errors, _process, _tracing
 from pgtrack._clock import SYSTEM_CLOCK, seconds
 from pgtrack._context import (
     Frame,
@@ -29,6 +29,7 @@ from pgtrack._ledger import AdjustedReason, DropReason, Ledger, Stats
 from pgtrack._limits import RateLimit, is_sampled
 from pgtrack._record import (
     RECORD_SIZE,
+    SPAN_SIZE,
     Encoder,
     Record,
     take_field,
@@ -142,6 +143,7 @@ class Client:
         ids: IdFactory | None = None,
     ) -> None:
         self.config = config
+        self._make_transport = transport
         self._clock = SYSTEM_CLOCK if clock is None else clock
         self._ledger = Ledger()
         self._rule = KeyRule(config.redact_keys)
@@ -177,6 +179,13 @@ class Client:
     def is_enabled(self) -> bool:
         """Whether the client sends anything."""
         return self._sink is not None
+
+    def is_like(
+        self, config: Config, transport: Callable[[], Transport] | None
+    ) -> bool:
+        """Whether the client is open, and would be made the same of these."""
+        is_same = self.config == config and self._make_transport == transport
+        return is_same and not self.is_closed
 
     def __repr__(self) -> str:
         state = self.config.endpoint if self.is_enabled else "disabled"
@@ -249,10 +258,11 @@ class Client:
         request_id = fields.pop("request_id", None)
         if request_id is not None:
             request_id = take_id("request_id", request_id, self._ledger)
-        metadata = fields.pop("metadata", None)
-        size = RECORD_SIZE
-        if metadata is not None:
-            metadata, taken = take_metadata(metadata, self._rule, self._ledger)
+        given = fields.pop("metadata", None)
+        span = None if _tracing.tracer is None else _tracing.present_span()
+        size = RECORD_SIZE if span is None else RECORD_SIZE + SPAN_SIZE
+        if given is not None:
+            given, taken = take_metadata(given, self._rule, self._ledger)
             size += taken
         if fields.get("user_id", _NOT_GIVEN) is None:
             del fields["user_id"]
@@ -262,7 +272,7 @@ class Client:
             request_id = request_id or frame.request_id
             inherited = self._inherited(frame)
             _correlate(fields, frame, session_id, is_error=is_error)
-        return now, kind, session_id, request_id, inherited, fields, metadata, size
+        return now, kind, session_id, request_id, inherited, fields, given, span, size
 
     def _take_fields(self, fields: dict[str, Any]) -> int:
         """Put what the wire can carry in the place of each value; return the size."""

@@ -91,12 +91,20 @@ def new_session_id(prefix: str = "", format: SessionIdFormat = "token") -> str: 
 
 
 class Cell:
-    """What a request or session learns on its way: its user."""
+    """
+    What a request or session learns on its way.
 
-    __slots__ = ("user_id",)
+    Attributes:
+        user_id: Its user.
+
+        span: The tracer's own: what stands there for the request as a whole.
+    """
+
+    __slots__ = ("span", "user_id")
 
     def __init__(self, user_id: str | None = None) -> None:
         self.user_id = user_id
+        self.span: Any = None
 
 
 class Request:
@@ -127,6 +135,7 @@ class Request:
 
     __slots__ = (
         "_claims",
+        "_pid",
         "client",
         "component",
         "error",
@@ -147,13 +156,17 @@ class Request:
         self.error: BaseException | None = None
         self.component: str | None = None
         self._claims = [None]
+        self._pid = os.getpid()
 
     def claim(self) -> bool:
         """
         Return whether the caller is the request's own function, the first that asks.
 
-        Nobody is once the answer has begun: what runs then is background work.
+        Nobody is once the answer has begun: what runs then is background work.  Nor is
+        what runs in a forked child, of which the middleware would not learn.
         """
+        if os.getpid() != self._pid:
+            return False
         try:
             self._claims.pop()  # one call into C, so that of two threads one has it
         except IndexError:

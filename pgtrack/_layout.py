@@ -216,6 +216,7 @@ def _rest(fields: _Fields) -> list[str]:
         metadata = {"metadata": metadata} if metadata else {}
     if metadata.get("source") == "backend":
         del metadata["source"]
+    metadata.pop("trace_flags", None)  # says nothing to people
     if isinstance(request_id := metadata.get("request_id"), str):
         metadata["request_id"] = _tail(request_id)
     last = {key: metadata.pop(key) for key in _LAST if key in metadata}

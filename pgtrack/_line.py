@@ -7,6 +7,7 @@ parcel is
 
 - taken: counted, with the rejected positions by the endpoint's reasons;
 - to be sent again: after a wait by exponential backoff, full jitter and `Retry-After`;
+- rejected: counted by the endpoint's reason;
 - held (a wrong key or address): probed slowly, until `retry_for`;
 - too large: halved, down to the one event that is;
 - refused: halved under a budget, down to the events that are at fault.
@@ -188,6 +189,8 @@ class Line:
             case Verdict.HOLD:
                 self._parcels.appendleft(parcel)
                 self._hold(answer, now)
+            case Verdict.REJECTED:
+                self._reject(parcel, answer.reason)
             case Verdict.LOST:
                 self._lose(parcel, "endpoint_lost", answer)
             case Verdict.TOO_LARGE if len(parcel) == 1:

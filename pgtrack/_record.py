@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RECORD_SIZE",
+    "SPAN_SIZE",
     "Encoder",
     "Record",
     "take_field",
@@ -49,10 +50,10 @@ __all__ = [
 
 Record: TypeAlias = (
     "tuple[int, str, str, str | None, Mapping[str, Any], dict[str, Any], "
-    "dict[str, Any] | None, int]"
+    "dict[str, Any] | None, Mapping[str, str] | None, int]"
 )
 """
-Time (ns), type, session, request, the frame's metadata, fields, metadata, size.
+Time (ns), type, session, request, the frame's metadata, fields, metadata, span, size.
 
 A plain tuple, since one is made for each event on the caller's thread; only `Encoder`
 takes it apart.
@@ -60,6 +61,9 @@ takes it apart.
 
 RECORD_SIZE = 400
 """What a record takes in memory beside the values counted by its snapshots, bytes."""
+
+SPAN_SIZE = 450
+"""What the ids of a span add to that."""
 
 _REFUSED_ID: dict[str, AdjustedReason] = {
     "event_id": "event_id",
@@ -248,20 +252,20 @@ class Encoder:
         try:
             assembled = self._assemble(record, event_id)
             wire = self._ask(assembled, record[0])
-            return None if wire is None else self._bytes(self._finish(wire))
+            return None if wire is None else self._bytes(self._finish(wire, record[7]))
         except Exception as error:  # noqa: BLE001  one event must not cost the batch
             self._ledger.drop("internal_error")
             _diagnostics.internal_error(error)
             return None
 
     def _assemble(self, record: Record, event_id: str) -> Wire:
-        time_ns, kind, session_id, request_id, inherited, fields, metadata, _ = record
+        now, kind, session_id, request_id, inherited, fields, given, span, _ = record
         wire: Wire = {
             "event_id": event_id,
             **self._project,
             "session.id": session_id,
             "event.type": kind,
-            "event.timestamp": format_time(time_ns),
+            "event.timestamp": format_time(now),
         }
         for name, value in fields.items():
             if value is not None:
@@ -269,7 +273,9 @@ class Encoder:
         reserved = self._reserved
         if request_id is not None:
             reserved = {**reserved, "request_id": request_id}
-        merged = {**self._static, **inherited, **(metadata or {})}
+        if span is not None:
+            reserved = {**reserved, **span}
+        merged = {**self._static, **inherited, **(given or {})}
         if not reserved.keys().isdisjoint(merged):
             self._ledger.adjust("reserved_key")
         wire["metadata"] = {**merged, **reserved}
@@ -320,7 +326,7 @@ class Encoder:
         wire["metadata"], _ = take_metadata(metadata, self._rule, self._ledger)
         return wire
 
-    def _finish(self, wire: Wire) -> Wire:
+    def _finish(self, wire: Wire, span: Mapping[str, str] | None) -> Wire:
         """Redact by pattern, then cut: a secret across the cut must still be seen."""
         finished: Wire = {}
         for key, value in wire.items():
@@ -328,6 +334,9 @@ class Encoder:
                 finished[key] = self._text(value, _WIDTHS[key])
             else:
                 finished[key] = self._json(value) if key == "metadata" else value
+        for key, text in () if span is None else span.items():
+            if wire["metadata"].get(key) == text:  # not what before_send made of it
+                finished["metadata"][key] = text  # also if its digits look like a card
         return finished
 
     def _json(self, value: Any) -> Any:
@@ -387,7 +396,10 @@ _WIDTHS = {f.key: f.width for f in FIELDS.values() if f.width and not f.is_id}
 """Of the texts, in characters."""
 
 _REQUIRED = ("event_id", "project_id", "product_id", "session.id", "event.type")
-_RESERVED = ("source", "service", "release", "environment", "request_id")
+_RESERVED = (
+    *("source", "service", "release", "environment"),
+    *("request_id", "trace_id", "span_id", "trace_flags"),
+)
 
 _CUT = "...[cut]"
 _MARK_FROM = 100

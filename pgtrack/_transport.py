@@ -29,7 +29,7 @@ from pgtrack.typing import Answer, Verdict
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import httpcore
     import httpx
@@ -42,6 +42,7 @@ __all__ = [
     "forget_imports",
     "hold_imports",
     "importing",
+    "load",
 ]
 
 _COMPRESS_FROM = 8 * 1024
@@ -82,6 +83,17 @@ def forget_imports() -> None:
     _import_lock = threading.RLock()
 
 
+def load() -> None:
+    """Load what a first batch needs, for children that are forked from now on."""
+    with importing():
+        import httpcore  # noqa: PLC0415  where somebody asks for it
+        import httpx  # noqa: PLC0415  same
+
+        del httpcore, httpx
+        "localhost".encode("idna")
+        short_reason("")
+
+
 class HttpTransport:
     """
     Posts batches to a ProductGraph server, with one connection kept alive.
@@ -108,7 +120,7 @@ class HttpTransport:
     def send(self, events: Sequence[bytes], timeout: float) -> Answer:
         """Post *events* once; a compressed body that is refused is sent again plain."""
         self._exchange.begin(timeout)
-        body = b'{"events":[' + b",".join(events) + b"]}"
+        body = self._body(events)
         count = len(events)
         if self._is_worth_compressing(body):
             packed = gzip.compress(body, compresslevel=_COMPRESS_LEVEL, mtime=0)
@@ -120,6 +132,34 @@ class HttpTransport:
                 self._takes_gzip = False  # proven: the batch was fine, only packed
             return attrs.evolve(plain, sent_bytes=plain.sent_bytes + len(packed))
         return self._post(body, count)[0]
+
+    def _body(self, events: Sequence[bytes]) -> bytes:
+        """Return the body that carries *events*."""
+        return b'{"events":[' + b",".join(events) + b"]}"
+
+    def _headers(self) -> dict[str, str]:
+        """Return the headers that are the endpoint's own."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._config.api_key is not None:
+            headers["X-PG-API-Key"] = self._config.api_key
+        return headers
+
+    def _secrets(self) -> Iterable[str]:
+        """Return what is sent with each request, and must not be logged."""
+        return () if self._config.api_key is None else (self._config.api_key,)
+
+    def _hide_secrets(self, text: bytes) -> bytes:
+        """Return what the endpoint says without the secrets that it quotes."""
+        for secret in self._secrets():
+            text = text.replace(secret.encode(), b"***")
+        return text
+
+    def _answer(
+        self, status: int, headers: Mapping[str, str], text: bytes, count: int
+    ) -> Answer:
+        """Return what the endpoint's answer to *count* events means."""
+        text = self._hide_secrets(text)
+        return classify(status, headers, text, count, SYSTEM_CLOCK.time_ns() / 1e9)
 
     def _is_worth_compressing(self, body: bytes) -> bool:
         if not self._takes_gzip:
@@ -134,15 +174,12 @@ class HttpTransport:
 
             http = self._http = self._http or self._connect()
         headers = {
-            "Content-Type": "application/json",
-            "Accept": "application/json",
             "Accept-Encoding": "identity",
             "User-Agent": _user_agent(),
+            **self._headers(),
         }
         if encoding is not None:
             headers["Content-Encoding"] = encoding
-        if self._config.api_key is not None:
-            headers["X-PG-API-Key"] = self._config.api_key
         timeout = httpx.Timeout(self._exchange.left()).as_dict()
         request = httpx.Request(
             "POST",
@@ -154,13 +191,10 @@ class HttpTransport:
         try:
             response = http.handle_request(request)
             status, text = response.status_code, self._read(response)
-            if self._config.api_key is not None:  # it may be quoted, and we may log it
-                text = text.replace(self._config.api_key.encode(), b"***")
         except (httpx.HTTPError, httpx.StreamError, OSError) as error:
             reason = f"{type(error).__name__} {short_reason(str(error))}".rstrip()
             return Answer(verdict=Verdict.RETRY, reason=reason), 0
-        now = SYSTEM_CLOCK.time_ns() / 1e9
-        answer = classify(status, response.headers, text, count, now)
+        answer = self._answer(status, response.headers, text, count)
         return attrs.evolve(answer, sent_bytes=len(body)), status
 
     def _read(self, response: httpx.Response) -> bytes:

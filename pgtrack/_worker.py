@@ -22,6 +22,7 @@ from pgtrack._clock import Signal
 from pgtrack._context import SUPPRESSED, push
 from pgtrack._line import Line, pack
 from pgtrack._queue import NEVER, BoundedQueue, Marker
+from pgtrack._tracing import untraced
 from pgtrack.typing import Answer, Clock, Transport, Verdict
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Worker:
         self._deliverer: int | None = None
         # Told by callers.
         self._is_hurried = False
+        self._interval = self._batch_interval
         self._is_retired = False
         self._is_abandoned = False
         self._deadline: float | None = None
@@ -228,6 +230,10 @@ class Worker:
             self._drop_queued()  # the rest is with a thread that hangs
         return is_flushed
 
+    def hurry(self) -> None:
+        """Let events wait for others no more: the process is about to end."""
+        self._interval = 0.0
+
     def retire(self) -> None:
         """Take no more events, and stop in the background when all have ended."""
         self.queue.is_closed = True
@@ -330,7 +336,7 @@ class Worker:
             return 0.0
         if self._since is None:
             self._since = now
-        wait = self._since + self._batch_interval - now
+        wait = self._since + self._interval - now
         return self._unless_reached(self._batch_size, wait)
 
     def _unless_reached(self, length: int, wait: float | None) -> float | None:
@@ -409,7 +415,8 @@ class Worker:
 
     def _send(self, events: Sequence[bytes], timeout: float) -> Answer:
         try:
-            answer: object = self._transport.send(events, timeout)
+            with untraced():
+                answer: object = self._transport.send(events, timeout)
             if isinstance(answer, Answer):
                 return answer
             reason = f"an answer of type {type(answer).__name__}"

@@ -78,6 +78,9 @@ class Verdict(enum.Enum):
     REFUSED = "refused"
     """Something in the batch is refused; the endpoint does not say which event."""
 
+    REJECTED = "rejected"
+    """The endpoint refuses the batch for good, whatever would be made of it."""
+
     LOST = "lost"
     """The endpoint is gone for good (a closed stream): no attempt can succeed."""
 

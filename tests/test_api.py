@@ -13,7 +13,7 @@ import pgtrack
 from harness import ProductGraph, Server, hang, in_fork, run_script, start_together
 from pgtrack import _api
 from pgtrack._event import KEYWORDS
-from pgtrack.testing import capture
+from pgtrack.testing import RecordingTransport, capture
 
 OPTIONS: dict[str, Any] = {"project_id": "p", "batch_interval": 60}
 VERBS = {
@@ -57,6 +57,24 @@ class TestConfigure:
         )
 
         assert again is client
+
+    def test_a_transport_of_its_own(self) -> None:
+        """What is given as `transport` carries the events; the same is not replaced."""
+        transport = RecordingTransport()
+        options: Any = {**OPTIONS, "endpoint": "https://h.invalid"}
+
+        def make() -> RecordingTransport:
+            return transport
+
+        client = pgtrack.configure(**options, transport=make)
+        again = pgtrack.configure(**options, transport=make)
+        pgtrack.emit("custom", name="mine")
+        assert pgtrack.flush(10)
+        other = pgtrack.configure(**options)
+
+        assert again is client
+        assert other is not client
+        assert ["mine"] == [event.name for event in transport.taken]
 
     def test_other_options_take_over(self, server: Server) -> None:
         """The new client is the default one, and the old one delivers by itself."""

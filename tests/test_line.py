@@ -26,6 +26,7 @@ RETRY = Answer(verdict=Verdict.RETRY, reason="503")
 HOLD = Answer(verdict=Verdict.HOLD, reason="401")
 TOO_LARGE = Answer(verdict=Verdict.TOO_LARGE, reason="413")
 LOST = Answer(verdict=Verdict.LOST, reason="closed")
+REJECTED = Answer(verdict=Verdict.REJECTED, reason="500 no")
 
 
 def numbered(count: int, start: int = 0) -> list[bytes]:
@@ -388,6 +389,23 @@ class TestTooLarge:
 
         assert {"retry_expired": 2} == bench.ledger.stats().dropped
         assert 10.0 == bench.now - 1000.0
+
+
+class TestRejected:
+    """What is refused for good is not sent again, whole or in parts."""
+
+    def test_a_batch_is_rejected_whole(self) -> None:
+        """All its events are counted by the reason, and the next batch follows."""
+        bench = Bench()
+        bench.add(numbered(3), numbered(2, 3))
+        answers = iter([REJECTED, TAKEN])
+
+        bench.run(lambda _: next(answers))
+
+        stats = bench.ledger.stats()
+        assert ({"500 no": 3}, 2) == (stats.rejected, stats.delivered)
+        assert [numbered(3), numbered(2, 3)] == bench.batches
+        assert (0, True) == (stats.pending, stats.is_balanced)
 
 
 class TestLost:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def record(name: Any = "", size: int = 100) -> Record:
     """Return a record that can be told from others by *name*."""
-    return (0, "custom", "s", None, {}, {"name": name}, None, size)
+    return (0, "custom", "s", None, {}, {"name": name}, None, None, size)
 
 
 class Bench:

@@ -502,7 +502,7 @@ class TestBytes:
             taken = {
                 n: take_field(n, v, DEFAULT_RULE, ledger)[0] for n, v in fields.items()
             }
-            record = (0, "custom", "s", None, {}, taken, metadata, 0)
+            record = (0, "custom", "s", None, {}, taken, metadata, None, 0)
             ((data, _),) = encoder.encode([record])  # type: ignore[list-item]
 
             assert data is None or len(data) <= limit
@@ -805,8 +805,8 @@ class TestEncoder:
         ledger = Ledger()
         config = pgtrack.Config.isolated(project_id="p", endpoint="console:")
         encoder = Encoder(config, KeyRule(), ledger, SequentialIds())
-        good = (0, "custom", "s", None, {}, {}, None, 0)
-        bad = (0, "custom", "s", None, {}, {"name": object()}, None, 0)
+        good = (0, "custom", "s", None, {}, {}, None, None, 0)
+        bad = (0, "custom", "s", None, {}, {"name": object()}, None, None, 0)
 
         encoded = encoder.encode([good, bad, good])  # type: ignore[list-item]
 

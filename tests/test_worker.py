@@ -78,7 +78,7 @@ class Bench:
         """Put a record as a client does."""
         self.ledger.emitted.add(1)
         fields = {"name": str(name)}
-        return self.worker.put((0, "custom", "s", None, {}, fields, None, size))
+        return self.worker.put((0, "custom", "s", None, {}, fields, None, None, size))
 
     @property
     def sent(self) -> list[list[str | None]]:
@@ -216,6 +216,19 @@ class TestBatches:
         bench.put("b")
 
         assert 2.0 == bench.run()
+
+    def test_in_a_hurry_nothing_waits(self) -> None:
+        """Once the end is near each event goes as it comes; a child takes its time."""
+        bench = Steps(batch_interval=60)
+        bench.worker.hurry()
+        bench.put("a")
+        bench.run()
+        bench.put("b")
+        bench.run()
+        bench.worker.start_over()
+        bench.put("c")
+
+        assert ([["a"], ["b"]], 60.0) == (bench.sent, bench.run())
 
     def test_a_backlog_goes_in_larger_batches(self) -> None:
         """What has piled up travels by the thousand, in order."""
