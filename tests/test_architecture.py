@@ -22,6 +22,7 @@ LAYERS = {
     "model": {
         "_config",
         "_context",
+        "_destinations",
         "_errors",
         "_event",
         "_limits",
@@ -31,6 +32,7 @@ LAYERS = {
         "_redaction",
         "_retry",
         "_snapshot",
+        "_tracing",
     },
     "delivery": {
         "_console",
@@ -68,20 +70,22 @@ THIRD_PARTIES = {
 """What may be imported from outside of the standard library; None: anywhere."""
 
 FRAMEWORKS = {
-    "integrations.aiohttp": {"aiohttp", "yarl"},
+    "integrations.aiohttp": {"aiohttp"},
+    "integrations.aws_lambda": {"wrapt"},
     "integrations.celery": {"billiard", "celery", "kombu"},
-    "integrations.concurrent": {"wrapt"},
     "integrations.django": {"asgiref", "django"},
     "integrations.flask": {"flask", "werkzeug"},
-    "integrations.grpc": {"grpc"},
-    "integrations.httpx": {"httpx", "httpx2", "wrapt"},
+    "integrations._patches": {"wrapt"},
+    "integrations.grpc": {"grpc", "wrapt"},
+    "integrations.httpx": {"httpx", "wrapt"},
+    "integrations._otlp": {"opentelemetry"},
     "integrations.opentelemetry": {"opentelemetry"},
     "integrations.prometheus": {"prometheus_client"},
-    "integrations.requests": {"requests", "wrapt"},
+    "integrations.requests": {"requests", "urllib3"},
     "integrations.rq": {"rq"},
     "integrations.starlette": {"starlette"},
     "integrations.structlog": {"structlog"},
-    "integrations.urllib3": {"urllib3", "wrapt"},
+    "integrations.urllib3": {"urllib3"},
     "integrations.wsgi": {"wrapt"},
 }
 """What an integration may import beside: what it is for."""
