@@ -1,6 +1,9 @@
 """
 A checkout service: Starlette under uvicorn, and four visitors with real requests.
 
+`install` keeps each visitor's session, and tells each request; `track_api` adds which
+error a failed one is of.
+
 Run it with `python examples/checkout_service.py` after `pip install starlette uvicorn`.
 Events are printed unless `PRODUCTGRAPH_ENDPOINT` says where to send them.
 """
@@ -17,37 +20,14 @@ import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import pgtrack
+from pgtrack.integrations.starlette import install
 
 if TYPE_CHECKING:
     from starlette.requests import Request
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-
-class Correlation:
-    """Serve each request in the session that its headers name, or in a fresh one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what is no HTTP request, and echo the id of what is one."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def echo(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                request_id = str(pgtrack.current().request_id).encode()
-                message["headers"].append((b"x-request-id", request_id))
-            await send(message)
-
-        async with pgtrack.continued_from(scope["headers"]):
-            await self.app(scope, receive, echo)
 
 
 # --- the service -----------------------------------------------------------------
@@ -80,7 +60,7 @@ async def charge(card: str) -> None:
         raise ProviderDownError(msg)
 
 
-@pgtrack.track_api("/api/checkout", method="POST")
+@pgtrack.track_api
 async def checkout(request: Request) -> JSONResponse:
     """Sell what is in the cart."""
     order = await request.json()
@@ -99,9 +79,9 @@ async def tell_unavailable(_: Request, __: Exception) -> JSONResponse:
 
 app = Starlette(
     routes=[Route("/api/checkout", checkout, methods=["POST"])],
-    middleware=[Middleware(Correlation)],
     exception_handlers={ProviderDownError: tell_unavailable},
 )
+install(app)
 
 
 # --- the visitors ----------------------------------------------------------------

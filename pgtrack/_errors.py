@@ -33,12 +33,23 @@ def is_failure(error: BaseException) -> bool:
 
     `GeneratorExit`, `KeyboardInterrupt`, `SystemExit` and every library's cancellation
     are how a program ends or changes its mind.  None of them is an `Exception`, except
-    for the cancellation of `concurrent.futures`.  A group of them may hold failures.
+    for the cancellation of `concurrent.futures`, what Starlette raises where the client
+    has gone, and what tells Celery to retry, ignore or reject a task.  A group of them
+    may hold failures.
     """
     if isinstance(error, Exception):
-        return not _is_a(error, "concurrent.futures", "CancelledError")
+        return not any(_is_a(error, *where) for where in _CANCELLATIONS)
     parts = getattr_safely(error, "exceptions")
     return isinstance(parts, tuple) and any(map(is_failure, parts))
+
+
+_CANCELLATIONS = (
+    ("celery.exceptions", "TaskPredicate"),
+    ("concurrent.futures", "CancelledError"),
+    ("starlette.requests", "ClientDisconnect"),
+    ("starlette.websockets", "WebSocketDisconnect"),
+)
+"""By module and name: exceptions that are no failures."""
 
 
 def status_of(error: BaseException) -> int:
@@ -46,16 +57,29 @@ def status_of(error: BaseException) -> int:
     Return the HTTP status that *error* amounts to.
 
     Its own `status_code`, or the code of a Werkzeug `HTTPException`, when it is an int
-    in 100 to 599; 499 for a cancellation; 500 for whatever is left.
+    in 100 to 599; what Django answers it with; 499 for a cancellation; 500 for whatever
+    is left.
     """
     status = as_status(getattr_safely(error, "status_code"))
     if status is None:
         status = _werkzeug_status(error)
+    if status is None:
+        status = next((code for *kind, code in _DJANGO if _is_a(error, *kind)), None)
     if status is not None:
         return status
     if is_failure(error) or isinstance(error, (KeyboardInterrupt, SystemExit)):
         return 500
     return CANCELLED
+
+
+_DJANGO = (
+    ("django.http", "Http404", 404),
+    ("django.core.exceptions", "PermissionDenied", 403),
+    ("django.core.exceptions", "BadRequest", 400),
+    ("django.core.exceptions", "SuspiciousOperation", 400),
+    ("django.http.multipartparser", "MultiPartParserError", 400),
+)
+"""By module, name and status: exceptions that Django has an answer for."""
 
 
 def as_status(value: object) -> int | None:

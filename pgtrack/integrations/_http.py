@@ -89,14 +89,21 @@ class Serving:
         return _api.default_client() if self._client is None else self._client
 
     async def aflush(self) -> None:
-        """Deliver what was emitted, within `exit_timeout`; raises nothing."""
-        client = self.client
-        if client.is_enabled:
-            wait = _api.aflush if self._client is None else client.aflush
-            try:
-                await wait(client.config.exit_timeout)
-            except Exception as error:  # noqa: BLE001  the host must go on
-                internal_error(error)
+        """
+        Deliver what was emitted, within `exit_timeout`; raises nothing.
+
+        By the middleware's client, the default one and those it took over from: all
+        that the process has, as far as is known here.
+        """
+        default = _api.default_client()
+        try:
+            if _api.stats().pending:  # else there is nothing, and no need of a thread
+                await _api.aflush(default.config.exit_timeout)
+            own = self.client
+            if own is not default and own.stats().pending:
+                await own.aflush(own.config.exit_timeout)
+        except Exception as error:  # noqa: BLE001  the host must go on
+            internal_error(error)
 
     def begin(self, headers: Headers, method: str | None, path: str) -> Served | None:
         """
@@ -106,8 +113,7 @@ class Serving:
         """
         client = self.client
         try:
-            is_told = self._track and client.is_enabled and not self._is_excluded(path)
-            return Served(client, headers, method, path, is_told=is_told)
+            return Served(client, headers, method, path, is_told=self._tells(path))
         except Exception as error:  # noqa: BLE001  the host must go on
             internal_error(error)
             return None
@@ -119,12 +125,11 @@ class Serving:
         It is told once, by the outer one, unless that one tells nothing at all.
         """
         request = served.request
-        client = self.client
-        is_taken = request.client is not None
-        if is_taken or not self._track or not client.is_enabled:
-            return
-        if not self._is_excluded(request.path):
-            request.client = served.client = client
+        if request.client is None and self._tells(request.path):
+            request.client = served.client = self.client
+
+    def _tells(self, path: str) -> bool:
+        return self._track and self.client.is_enabled and not self._is_excluded(path)
 
 
 class Served(ApiCall):
@@ -168,9 +173,15 @@ class Served(ApiCall):
         """The id that every answer echoes."""
         return str(self.frame.request_id)
 
-    def answer_with(self, status: int) -> None:
+    def answer_with(self, status: object) -> None:
         """Hear that the answer begins; what runs from now on is background work."""
-        self.status_code = status
+        checked = _errors.as_status(status)
+        if self.is_gone:
+            checked = _errors.CANCELLED  # nobody sees what is answered
+        elif checked is None:
+            self.client.adjust("status_code")
+            checked = 500  # which servers make of it
+        self.status_code = checked
         self.has_begun = True
         self.request.close()
 
@@ -195,21 +206,26 @@ class Served(ApiCall):
             return
         self._component = request.component
         status = self._status(error)
-        if error is not None and status < 500 and _errors.is_failure(error):  # noqa: PLR2004
+        is_no_answer = self._is_told or status < 500  # noqa: PLR2004
+        if error is not None and is_no_answer and _errors.is_failure(error):
             self.tell_error(error, status)
         if self._is_told:
             return
         self._is_told = True
         self.method = request.given_method or request.method
         self.path = request.best_path()
-        is_cut = self.has_begun and self._duration is None
+        is_cut = self._duration is None or self.is_gone
         duration = time.perf_counter() - self._started
         self.tell_response(
             status,
             duration if self._duration is None else self._duration,
             own if error is None else error,
-            {"incomplete": True} if is_cut else None,
+            {"incomplete": True} if is_cut and self._is_seen() else None,
         )
+
+    def _is_seen(self) -> bool:
+        """Return whether the client saw the answer begin."""
+        return self.has_begun and self.status_code != _errors.CANCELLED
 
     def _status(self, error: BaseException | None) -> int:
         """Return the status that the client saw, or would have seen."""

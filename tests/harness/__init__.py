@@ -7,7 +7,11 @@ Stand in for the other side of the wire, and run code side by side, forked or af
   `redirect` and `poison`.
 - `start_together`, `in_fork` and `run_script`: threads, a forked child, a fresh
   interpreter.
+- `Background`: a program that runs until it is told to end.
 - `interrupts`: a function called in the middle of another, at each bytecode.
+- `Call`, `http_scope` and `uvicorn_server`: an ASGI application, called by hand or
+  served.
+- `hostile_values` and `assert_harmless`: headers that must lead to nothing.
 - `load_vectors` and `body_of`: the examples in `tests/vectors`.
 
 It needs the standard library alone and nothing of pgtrack, so it cannot share its
@@ -16,6 +20,8 @@ mistakes.
 
 from __future__ import annotations
 
+from .asgi import Call, http_scope, uvicorn_server
+from .background import Background
 from .faults import (
     cut,
     drip,
@@ -27,6 +33,7 @@ from .faults import (
     redirect,
     status,
 )
+from .hostile import assert_harmless, fits, hostile_values
 from .interrupts import Interrupt, interrupts
 from .productgraph import VERSIONS, ProductGraph, Reply, Request
 from .runners import ChildError, in_fork, run_script, start_together
@@ -35,6 +42,8 @@ from .vectors import body_of, load_vectors
 
 __all__ = [
     "VERSIONS",
+    "Background",
+    "Call",
     "ChildError",
     "Exchange",
     "Interrupt",
@@ -44,13 +53,17 @@ __all__ = [
     "Server",
     "Step",
     "Wire",
+    "assert_harmless",
     "body_of",
     "cut",
     "drip",
     "drop",
     "endless",
+    "fits",
     "garbage",
     "hang",
+    "hostile_values",
+    "http_scope",
     "in_fork",
     "interrupts",
     "load_vectors",
@@ -59,4 +72,5 @@ __all__ = [
     "run_script",
     "start_together",
     "status",
+    "uvicorn_server",
 ]

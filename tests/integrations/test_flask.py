@@ -228,6 +228,30 @@ class TestKeepsUserAndJourney:
         assert {("sess_ann", "u_ann")} == {(e.session_id, e.user_id) for e in events}
         assert ["checkout", None] == [event.journey_id for event in events]
 
+    def test_journey_of_a_blueprint_to_its_teardown(
+        self, app: Flask, events: Events
+    ) -> None:
+        """A blueprint's view, its stream and its teardown step through one journey."""
+
+        @pgtrack.journey_step("item", journey="shopping")
+        def step(_: object = None) -> str:
+            pgtrack.identify("u_ann")
+            return "x"
+
+        def view() -> Any:
+            step()
+            return (step() for _ in range(2))
+
+        pages = Blueprint("pages", __name__)
+        pages.teardown_request(step)
+        pages.add_url_rule("/page", "page", view)
+        app.register_blueprint(pages)
+        answer = app.test_client().get("/page", headers=ANN)
+
+        assert "xx" == answer.text
+        events.assert_journey("shopping", steps=["item"] * 4)
+        assert {("sess_ann", "u_ann")} == {(e.session_id, e.user_id) for e in events}
+
 
 # --- two at once never mix ---
 
@@ -539,6 +563,18 @@ class TestNothingLeftBehind:
         assert frame is None
         assert text.startswith("srv-")
         assert text.endswith(" None")
+
+    def test_after_what_teardown_leaves_open(self, app: Flask, events: Events) -> None:
+        """A session that a teardown function never leaves ends with the request."""
+        app.teardown_request(lambda _: pgtrack.session("sess_open").__enter__())
+        with app.test_client().get("/stream", headers=ANN) as answer:
+            assert answer.data
+        frame = _context.current_frame()
+        text = app.test_client().get("/").text
+
+        assert frame is None
+        assert text.startswith("srv-")
+        assert ["sess_ann", events[1].session_id] == [e.session_id for e in events]
 
     def test_after_what_escapes(self, app: Flask, events: Events) -> None:
         """An exception that escapes leaves no frame either."""
