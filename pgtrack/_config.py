@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import attrs
 
+from pgtrack._destinations import parse
 from pgtrack.exceptions import ConfigError
 
 if TYPE_CHECKING:
@@ -214,17 +215,11 @@ def _keys(value: Any) -> tuple[str, ...]:
     raise _WrongError(rule, "Leave out those of digits and punctuation alone.")
 
 
-_HOST = re.compile(
-    r"(?:(?:\*\.)?[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
-)
-
-
 def _hosts(value: Any) -> tuple[str, ...]:
     hosts = tuple(host.strip().lower() for host in _words(value))
-    for host in hosts:
-        if not _HOST.fullmatch(host):
-            rule = "hosts: 'api.example.com', '*.example.com' or 'api.example.com:8080'"
-            raise _WrongError(rule, "Leave out the scheme and the path.")
+    if None in map(parse, hosts):
+        rule = "hosts: 'api.example.com', '*.example.com' or 'api.example.com:8080'"
+        raise _WrongError(rule, "Leave out the scheme and the path.")
     return hosts
 
 

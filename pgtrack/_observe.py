@@ -24,7 +24,17 @@ import wrapt
 
 from pgtrack._context import Frame, current_frame, switch
 
-__all__ = ["F", "Recipe", "Run", "Start", "Under", "name_of", "observe"]
+__all__ = [
+    "F",
+    "Recipe",
+    "Run",
+    "Start",
+    "Under",
+    "name_of",
+    "observe",
+    "steps",
+    "steps_async",
+]
 
 F = TypeVar(
     "F",
@@ -184,7 +194,7 @@ def _awaiting(function: Callable[..., Any], start: Start) -> Callable[..., Any]:
 def _stepping(function: Callable[..., Any], start: Start) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         inner = function(*args, **kwargs)
-        return _named(_steps(inner, start, current_frame()), inner)
+        return _named(steps(inner, start, current_frame()), inner)
 
     return wrapper
 
@@ -192,7 +202,7 @@ def _stepping(function: Callable[..., Any], start: Start) -> Callable[..., Any]:
 def _stepping_async(function: Callable[..., Any], start: Start) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         inner = function(*args, **kwargs)
-        return _named(_steps_async(inner, start, current_frame()), inner)
+        return _named(steps_async(inner, start, current_frame()), inner)
 
     return wrapper
 
@@ -202,7 +212,7 @@ def _named(outer: Any, inner: Any) -> Any:
     return outer
 
 
-def _steps(
+def steps(
     inner: Generator[Any, Any, Any], start: Start, frame: Frame | None
 ) -> Generator[Any, Any, Any]:
     """
@@ -243,10 +253,10 @@ def _steps(
         outside = switch(frame)
 
 
-async def _steps_async(
+async def steps_async(
     inner: AsyncGenerator[Any, Any], start: Start, frame: Frame | None
 ) -> AsyncGenerator[Any, Any]:
-    """Run an async generator as `_steps` runs a generator."""
+    """Run an async generator as `steps` runs a generator."""
     outside = current_frame()
     switch(outside if frame is None else frame)
     run = start() or Under(current_frame())
