@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from pgtrack._client import Client
     from pgtrack._propagation import Headers
 
-__all__ = ["REQUEST_HEADER", "Paths", "Served", "Serving", "paths"]
+__all__ = ["REQUEST_HEADER", "SERVED", "Paths", "Served", "Serving", "paths"]
+
+SERVED = "pgtrack.served"
+"""
+The key under which whoever is further inside finds the request that is being served.
+
+In the scope of ASGI, the environment of WSGI, or Django's `META`, which is either that
+environment or its own; headers of clients have other names in all of them.
+"""
 
 Paths: TypeAlias = "Callable[[str], bool]"
 """Tells whether a path is one of those that were named."""

@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pgtrack import _errors
-from pgtrack.integrations._http import REQUEST_HEADER, Serving
+from pgtrack._context import current_frame, switch
+from pgtrack.integrations._http import REQUEST_HEADER, SERVED, Serving
 from pgtrack.integrations._routes import template_of
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     App: TypeAlias = "Callable[[Any, Receive, Send], Awaitable[None]]"
 
 __all__ = ["Middleware"]
-
-_SERVED = "pgtrack.served"
-"""The key in the scope under which an inner middleware finds the request."""
 
 _HEADER = REQUEST_HEADER.lower().encode()
 
@@ -72,7 +70,7 @@ class Middleware:
             await self.app(scope, receive, self._flushing(send))
         elif kind not in {"http", "websocket"} or _is_preflight(scope):
             await self.app(scope, receive, send)
-        elif (served := scope.get(_SERVED)) is not None:
+        elif (served := scope.get(SERVED)) is not None:
             self._serving.join(served)
             served.request.find_route = partial(template_of, scope)
             await self.app(scope, receive, send)
@@ -90,6 +88,7 @@ class Middleware:
         return flush_and_send
 
     async def _serve(self, scope: Any, receive: Receive, send: Send) -> None:
+        outside = current_frame()
         is_outermost = scope.keys() <= _KEYS
         served = self._serving.begin(
             _headers(scope), _method(scope), _text(scope.get("path"))
@@ -98,7 +97,7 @@ class Middleware:
             await self.app(scope, receive, send)
             return
         # In the scope itself: whoever is around us may read there what routers add.
-        scope[_SERVED] = served
+        scope[SERVED] = served
         served.request.find_route = partial(template_of, scope)
         exchange = _Exchange(served, receive, send)
         try:
@@ -114,7 +113,8 @@ class Middleware:
             served.leave()
         finally:
             served.request.find_route = None  # background tasks keep the request
-            scope.pop(_SERVED, None)
+            scope.pop(SERVED, None)
+            switch(outside)  # whatever was left open inside
 
 
 class _Exchange:

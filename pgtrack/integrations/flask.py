@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pgtrack._diagnostics import internal_error
+from pgtrack.integrations._http import SERVED
 from pgtrack.integrations._requirement import requirement
-from pgtrack.integrations.wsgi import SERVED, Middleware
+from pgtrack.integrations.wsgi import Middleware
 
 with requirement("flask", extra="flask"):
     from flask import Flask, got_request_exception, request, request_started

@@ -15,7 +15,7 @@ import wrapt
 
 from pgtrack._context import current_frame, switch
 from pgtrack._propagation import extract
-from pgtrack.integrations._http import REQUEST_HEADER, Serving
+from pgtrack.integrations._http import REQUEST_HEADER, SERVED, Serving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     StartResponse: TypeAlias = "Callable[..., Any]"
     App: TypeAlias = "Callable[[Any, Any], Iterable[bytes]]"
 
-__all__ = ["SERVED", "Middleware"]
-
-SERVED = "pgtrack.served"
-"""The key in the environ under which an inner middleware finds the request."""
+__all__ = ["Middleware"]
 
 
 class Middleware:

@@ -202,6 +202,20 @@ class TestCorrelation:
         assert before == scope
         assert events[-1].session_id.startswith("srv-")
 
+    def test_nothing_left_open(self, events, backend):
+        """What the application itself leaves open ends with the request."""
+
+        async def careless(scope, receive, send):
+            pgtrack.session("sess_open").__enter__()
+            await hello(scope, receive, send)
+
+        async def main():
+            await Call(http_scope("GET", "/", ANN)).run(Middleware(careless))
+            return _context.current_frame()
+
+        assert anyio.run(main, backend=backend) is None
+        assert ["sess_ann"] == [event.session_id for event in events]
+
     def test_own_header(self, events):
         """An application that echoes a request id of its own is left alone."""
         app = answering(200, headers=[(b"X-Request-Id", b"mine")])
