@@ -93,6 +93,13 @@ def docs(session: nox.Session) -> None:
         session.run("pytest", *doctests, success_codes=[0, 5])
 
 
+@nox.session
+def hosts(session: nox.Session) -> None:
+    """Run the test suites of web frameworks with pgtrack in them; takes minutes."""
+    session.install(".[hosts]")
+    session.run("python", "tests/host_suites/run.py", *session.posargs)
+
+
 @contextlib.contextmanager
 def _without_sources(session: nox.Session) -> Iterator[None]:
     """Work in a copy of the project in which only the wheel can be imported."""

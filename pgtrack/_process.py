@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pgtrack._config import Config
     from pgtrack._worker import Worker
 
-__all__ = ["adopt"]
+__all__ = ["adopt", "deliver"]
 
 _IMPORT_WAIT = 5.0
 """Most seconds that a fork waits for an import that is under way."""
@@ -71,8 +71,8 @@ def _workers() -> list[tuple[Worker, Config]]:
 # --- the end ---
 
 
-def _flush() -> None:
-    """Deliver what was emitted so far, as far as it can be done in time."""
+def deliver() -> None:
+    """Deliver what all clients took so far, each within its `exit_timeout`."""
     _end(lambda worker, left: worker.flush(left))
 
 
@@ -175,13 +175,13 @@ def _mind_children() -> None:
     if register is None or _is_minding_children:
         return
     _is_minding_children = True
-    register(_flush, _deliver_at_end)
+    register(deliver, _deliver_at_end)
     if sys.modules["multiprocessing.process"].parent_process() is not None:
         _deliver_at_end()
 
 
 def _deliver_at_end(_: object = None) -> None:
-    sys.modules["multiprocessing.util"].Finalize(None, _flush, exitpriority=_LAST)
+    sys.modules["multiprocessing.util"].Finalize(None, deliver, exitpriority=_LAST)
 
 
 # --- SIGTERM ---
@@ -205,7 +205,19 @@ def _handle_sigterm() -> None:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    _flush()
+    gevent: Any = sys.modules.get("gevent")
+    hub = getattr(gevent, "hub", None)
+    if hub is not None and isinstance(gevent.getcurrent(), hub.Hub):
+        # While nothing else runs, signals come to the hub, which cannot wait.
+        gevent.spawn(_end_by_sigterm, number, frame)
+    else:
+        _end_by_sigterm(number, frame)
+
+
+def _end_by_sigterm(number: int, frame: FrameType | None) -> None:
+    for worker, _ in _workers():
+        _guarded(worker.hurry)  # a server yet ends what is under way, then kills itself
+    deliver()
     if callable(_previous):
         _previous(number, frame)
     elif signal.getsignal(number) is _on_sigterm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -262,6 +263,55 @@ def test_pages_of_integrations_are_alike(page: str) -> None:
     assert ["Install", "Use", "What it does", "Options", "Limits"] == headings
 
 
+INDEX = "docs/integrations/README.md"
+MODULES = sorted(
+    path.stem for path in (ROOT / "pgtrack" / "integrations").glob("[a-z]*.py")
+)
+
+
+def test_the_index_lists_every_integration() -> None:
+    """The index of integrations has each module once, with a link to its page."""
+    shown = sorted(rows_of(INDEX, "Modules"))
+
+    assert [f"[`{module}`]({module}.md)" for module in MODULES] == shown
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_integration_is_complete(module: str) -> None:
+    """Each integration has a page, an extra, and tests that import it."""
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    tests = "\n".join(
+        path.read_text("utf-8")
+        for path in (ROOT / "tests" / "integrations").glob("test_*.py")
+    )
+    name = rf"pgtrack\.integrations(?:\.| import [^\n]*\b){module}\b|\"{module}\""
+
+    assert f"docs/integrations/{module}.md" in PAGES
+    assert module in project["optional-dependencies"]
+    assert re.search(name, tests)
+
+
+def test_the_matrix_has_no_gaps() -> None:
+    """Each cell of the matrix is a tick, a footnote that says why not, or both."""
+    text = PAGES[INDEX].read_text("utf-8")
+    cells = {
+        (row, i): cell
+        for row, found in rows_of(INDEX, "The matrix").items()
+        for i, cell in enumerate(found)
+    }
+    gaps = [
+        where
+        for where, cell in cells.items()
+        if not re.fullmatch(r"✓(?:\[\^[a-z-]+\])*|(?:\[\^[a-z-]+\])+", cell)
+    ]
+    used = {note for cell in cells.values() for note in re.findall(r"\[\^.+?\]", cell)}
+    defined = re.findall(r"^(\[\^.+?\]): .{20,}$", text, re.MULTILINE)
+
+    assert [] == gaps
+    assert sorted(used) == defined
+
+
 # --- the tables are complete and true --------------------------------------------
 
 
@@ -407,6 +457,11 @@ def test_signatures_are_as_shown(name: str) -> None:
 def test_every_file_is_on_the_map() -> None:
     """The page on the architecture has a row for each module of the package."""
     package = Path(pgtrack.__file__).parent
-    shown = rows_of("docs/architecture.md", "File by file")
+    page = "docs/architecture.md"
+    shown = rows_of(page, "File by file")
 
     assert sorted(path.name for path in package.glob("*.py")) == sorted(shown)
+    _, edges = PAGES[page].read_text("utf-8").split("| file of `integrations/` |")
+    named = re.findall(r"`(\w+\.py)`", edges.partition("\n\n")[0])
+    inner = [path.name for path in (package / "integrations").glob("*.py")]
+    assert sorted(inner) == sorted([*named, "__init__.py"])

@@ -38,6 +38,7 @@ class FakeWorker:
         self.error = error
         self.calls: list[tuple[str, float]] = []
         self.starts = 0
+        self.is_hurried = False
 
     def _call(self, verb: str, timeout: float) -> bool:
         self.calls.append((verb, timeout))
@@ -54,6 +55,10 @@ class FakeWorker:
     def close(self, timeout: float) -> bool:
         """Note it."""
         return self._call("close", timeout)
+
+    def hurry(self) -> None:
+        """Note it."""
+        self.is_hurried = True
 
     def start_over(self) -> None:
         """Count it."""
@@ -124,7 +129,7 @@ class TestEnd:
         workers = [adopt(is_slow=True, exit_timeout=0.2) for _ in range(3)]
 
         started = time.monotonic()
-        _process._flush()
+        _process.deliver()
         took = time.monotonic() - started
 
         assert 0.2 <= took < 0.3
@@ -143,7 +148,7 @@ class TestEnd:
     def test_nobody(self, adopt):
         """Without workers the end takes no time."""
         _process._close()
-        _process._flush()
+        _process.deliver()
 
 
 class TestStatus:
@@ -375,6 +380,15 @@ class TestSigterm:
         assert signal.SIGTERM == number
         assert frame is not None
         assert 2 == len(calls)
+
+    def test_what_comes_after(self, worker):
+        """What is emitted while the process comes to its end waits for no batch."""
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        self.install()
+
+        signal.raise_signal(signal.SIGTERM)
+
+        assert worker.is_hurried
 
     def test_handler_after(self, worker):
         """Called by a handler that was installed over it, it delivers, no more."""

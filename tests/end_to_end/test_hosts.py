@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import time
 from collections import Counter
 from datetime import datetime, timedelta, timezone
@@ -45,6 +46,27 @@ def test_gevent(server, ending, is_first):
     expected = {(f"session-{i}", f"{i} {j}") for i in range(10) for j in range(100)}
     seen = [(e["session.id"], e["event.name"]) for e in server.events]
     assert Counter(expected) == Counter(seen)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gevent") is None, reason="gevent is not installed"
+)
+def test_gevent_sigterm(server):
+    """SIGTERM that finds nothing running but gevent's hub costs no event."""
+    script = """
+    from gevent import monkey; monkey.patch_all()
+    import os, signal, sys
+    import gevent, pgtrack
+    pgtrack.configure(project_id="p", endpoint=sys.argv[1], batch_interval=600)
+    pgtrack.emit("custom", name="n")
+    gevent.get_hub().threadpool.spawn(os.kill, os.getpid(), signal.SIGTERM)
+    gevent.sleep(20)
+    """
+
+    ended = run_script(script, server.url)
+
+    assert (-signal.SIGTERM, "", "") == (ended.returncode, ended.stdout, ended.stderr)
+    assert ["n"] == [event["event.name"] for event in server.events]
 
 
 class TestClocks:
