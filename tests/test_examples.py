@@ -19,9 +19,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 NEEDS = {
     "batch_job": (),
+    "celery_worker": ("celery",),
     "checkout_service": ("starlette", "uvicorn"),
+    "django_app": ("django",),
+    "flask_app": ("flask",),
     "httpbin_instrumented": ("httpbin",),
     "script": (),
+    "two_services": ("starlette", "uvicorn"),
 }
 """What each example needs beside pgtrack."""
 
@@ -290,6 +294,28 @@ def test_batch_job_ends_with_its_numbers() -> None:
     ] == printed.splitlines()[-3:]
 
 
+def test_celery_worker(server: Server) -> None:
+    """What the worker does, retries and a failure too, is in the customer's session."""
+    events = run_against(server, "celery_worker")
+
+    sessions = by_session(events)
+    (fresh,) = set(sessions) - {"sess_frontend_ann", "sess_frontend_ben"}
+    assert {
+        "sess_frontend_ann": [
+            ("checkout_flow", "cart_checked"),
+            ("checkout_flow", "payment_confirmed"),
+            ("receipt.sent", None),
+        ],
+        "sess_frontend_ben": [
+            ("checkout_flow", "cart_checked"),
+            ("error", "ValueError", "card [redacted] was declined"),
+        ],
+        fresh: [("carts.swept", None)],
+    } == sessions
+    assert fresh.startswith("srv-")
+    assert {"u_ann", "u_ben", None} == {event.get("user.id") for event in events}
+
+
 def test_httpbin_instrumented(server: Server) -> None:
     """Routes, statuses and sessions of an application that knows nothing of pgtrack."""
     events = run_against(server, "httpbin_instrumented")
@@ -309,3 +335,122 @@ def test_httpbin_instrumented(server: Server) -> None:
     } == by_session(events)
     delay = next(e for e in events if e["api.path"] == "/delay/<delay>")
     assert 50 <= delay["api.duration_ms"]
+
+
+def test_flask_app(server: Server) -> None:
+    """Routes, steps, errors and a stream, each in the session of its visitor."""
+    events = run_against(server, "flask_app")
+
+    sessions = by_session(events)
+    (fresh,) = set(sessions) - {"sess_frontend_ann", "sess_frontend_ben"}
+    declined = "402 Payment Required: card [redacted] was declined"
+    assert {
+        "sess_frontend_ann": [
+            ("GET", "/shop/books/<int:number>", 200),
+            ("buy_a_book", "book_reserved"),
+            ("buy_a_book", "payment_confirmed"),
+            ("POST", "/shop/orders", 201),
+        ],
+        "sess_frontend_ben": [
+            ("GET", "/shop/books/<int:number>", 404),
+            ("error", "LookupError", "there is no book 9"),
+            ("journey_conversion", "abandoned"),
+            ("POST", "/shop/orders", 500),
+            ("buy_a_book", "book_reserved"),
+            ("error", "CardDeclinedError", declined),
+            ("journey_conversion", "abandoned"),
+            ("POST", "/shop/orders", 402),
+        ],
+        fresh: [
+            *[("row.written", None)] * 3,
+            ("GET", "/shop/books.csv", 200),
+        ],
+    } == sessions
+    assert fresh.startswith("srv-")
+    assert {"u_ann", "u_ben", None} == {event.get("user.id") for event in events}
+
+
+def test_flask_app_echoes_request_ids() -> None:
+    """Each answer has the id of its request, the 500 that Flask makes included."""
+    printed = run("flask_app")
+    echoed = re.findall(r"answered (\d+) to request (\S+)", printed)
+
+    assert ["200", "201", "404", "500", "402", "200", "200"] == [s for s, _ in echoed]
+    assert len(echoed) == len({request_id for _, request_id in echoed})
+    told = re.findall(r"api\.response .* request_id=(\w+)", printed)
+    assert told == [
+        request_id[-8:]
+        for _, request_id in echoed[:5] + echoed[6:]  # not /health
+    ]
+
+
+def test_django_app(server: Server) -> None:
+    """Routes, steps, errors and a stream of Django, in the sessions of its visitors."""
+    events = run_against(server, "django_app")
+
+    sessions = by_session(events)
+    (fresh,) = set(sessions) - {f"sess_frontend_{v}" for v in ("ann", "ben", "cho")}
+    gone = "a lamp that is out of stock: write to [redacted]"
+    assert {
+        "sess_frontend_ann": [
+            ("GET", "/items/<int:id>/", 200),
+            ("checkout_flow", "stock_reserved"),
+            ("checkout_flow", "payment_confirmed"),
+            ("journey_conversion", "converted"),
+            ("POST", "/orders/", 201),
+        ],
+        "sess_frontend_ben": [
+            ("GET", "/items/<int:id>/", 404),
+            ("error", "LookupError", gone),
+            ("journey_conversion", "abandoned"),
+            ("POST", "/orders/", 500),
+        ],
+        "sess_frontend_cho": [("GET", "/orders/export/", 403)],
+        fresh: [("exported", None), ("GET", "/orders/export/", 200)],
+    } == sessions
+    assert fresh.startswith("srv-")
+    assert 30 <= events[-1]["api.duration_ms"]
+    assert {
+        ("sess_frontend_ann", "u_ann"),
+        ("sess_frontend_ben", "u_ben"),
+        ("sess_frontend_cho", None),
+        (fresh, "u_boss"),
+    } == {(event["session.id"], event.get("user.id")) for event in events}
+
+
+def test_django_app_echoes_request_ids() -> None:
+    """Each answer has the id that its event was told with, also that of a 500."""
+    printed = run("django_app")
+    echoed = re.findall(r"answered (\d+) to request (\S+)", printed)
+
+    assert ["200", "201", "404", "500", "403", "200"] == [s for s, _ in echoed]
+    told = re.findall(r"api\.response .* request_id=(\w+)", printed)
+    assert [request_id[-8:] for _, request_id in echoed] == told
+
+
+def test_two_services(server: Server) -> None:
+    """Both services tell their part of a visit in one session and one request."""
+    events = run_against(server, "two_services")
+
+    assert {
+        "sess_frontend_ann": [
+            ("stock.asked", None),
+            ("POST", "/stock/{item}", 200),
+            ("POST", "/orders", 201),
+        ],
+        "sess_frontend_ben": [
+            ("stock.asked", None),
+            ("POST", "/stock/{item}", 409),
+            ("POST", "/orders", 409),
+        ],
+    } == by_session(events)
+    assert {("sess_frontend_ann", "req-1"), ("sess_frontend_ben", "req-2")} == {
+        (event["session.id"], event["metadata"]["request_id"]) for event in events
+    }
+
+
+def test_two_services_tell_no_third_party() -> None:
+    """The third party, which is not listed, hears nothing."""
+    printed = run("two_services")
+
+    assert 2 == printed.count("the carrier was told nothing")
