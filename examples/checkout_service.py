@@ -14,6 +14,7 @@ import asyncio
 import os
 import socket
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import httpx
@@ -27,6 +28,8 @@ import pgtrack
 from pgtrack.integrations.starlette import install
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from starlette.requests import Request
 
 
@@ -116,34 +119,38 @@ VISITS = [
 ]
 
 
-def visit(url: str) -> None:
-    """Send each visitor's requests, and show what the service made of them."""
-    with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
-        for headline, headers, orders in VISITS:
-            print(f"\n{headline}  ({headers.get('X-Session-ID', 'no session')})")
-            for order in orders:
-                answer = client.post("/api/checkout", json=order, headers=headers)
-                pgtrack.flush()
-                request_id = answer.headers["X-Request-ID"]
-                print(f"   answered {answer.status_code} to request {request_id}")
-
-
-def main() -> None:
-    """Serve on a free port of this machine until all visitors have left."""
-    pgtrack.configure(
-        project_id=os.environ.get("PRODUCTGRAPH_PROJECT_ID", "proj_demo"),
-        endpoint=os.environ.get("PRODUCTGRAPH_ENDPOINT", "console:"),
-    )
+@contextmanager
+def serving() -> Iterator[str]:
+    """Serve on a free port of this machine; at the end, all that was emitted is out."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
-        visit(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
-    pgtrack.shutdown()
+
+
+def main() -> None:
+    """Send each visitor's requests, and show what the service made of them."""
+    pgtrack.configure(
+        project_id=os.environ.get("PRODUCTGRAPH_PROJECT_ID", "proj_demo"),
+        endpoint=os.environ.get("PRODUCTGRAPH_ENDPOINT", "console:"),
+    )
+    for headline, headers, orders in VISITS:
+        print(
+            f"\n{headline}  ({headers.get('X-Session-ID', 'no session')})", flush=True
+        )
+        with serving() as url, httpx.Client(base_url=url, trust_env=False) as client:
+            answers = [
+                client.post("/api/checkout", json=order, headers=headers)
+                for order in orders
+            ]
+        for answer in answers:
+            request_id = answer.headers["X-Request-ID"]
+            print(f"   answered {answer.status_code} to request {request_id}")
     stats = pgtrack.stats()
     print(f"\n{stats.emitted} events emitted, {stats.delivered} delivered.")
 

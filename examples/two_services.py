@@ -110,13 +110,18 @@ def main() -> None:
         )
         pgtrack_httpx.install()
         with httpx.Client(base_url=urls[0], timeout=10, trust_env=False) as browser:
-            for headline, session_id, request_id, item in VISITS:
-                print(f"\n{headline}  ({session_id})")
-                headers = {"X-Session-ID": session_id, "X-Request-ID": request_id}
-                answer = browser.post("/orders", json=item, headers=headers)
-                pgtrack.flush()
-                print(f"   answered {answer.status_code}")
+            answers = [
+                browser.post(
+                    "/orders",
+                    json=item,
+                    headers={"X-Session-ID": session_id, "X-Request-ID": request_id},
+                )
+                for _, session_id, request_id, item in VISITS
+            ]
     pgtrack.shutdown()
+    print()
+    for (headline, session_id, *_), answer in zip(VISITS, answers, strict=True):
+        print(f"{headline}  ({session_id} was answered {answer.status_code})")
     stats = pgtrack.stats()
     print(f"\n{stats.emitted} events emitted, {stats.delivered} delivered.")
 
