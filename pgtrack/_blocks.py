@@ -343,7 +343,8 @@ def continued_frame(
         is_trusted: Whether outsiders cannot write the headers.
 
         is_apart: Whether nothing, metadata neither, comes from the present frame: it
-            is that of whoever started the server, or of the request before.
+            is that of whoever started the server, or of the request before.  Who
+            leaves the frame has to put the present one back.
     """
     format = client.config.session_id_format  # noqa: A001
     try:
@@ -374,6 +375,9 @@ def continued_frame(
     if frame.parent is None or frame.session_id != frame.parent.session_id:
         frame.request = None  # it is another piece of work
     if is_apart:
+        # Else each would keep the one before, where a server begins to serve the next
+        # in the context of the last, as uvicorn does.
+        frame.parent = None
         _tracing.begun(frame)
     return frame
 

@@ -115,7 +115,7 @@ class Request:
     task they run.
 
     Attributes:
-        client: Whose event the request becomes; None where it becomes none.
+        client: Whose event the request becomes; None where it becomes none, or has.
 
         method: The HTTP method.
 
@@ -127,6 +127,8 @@ class Request:
         given_method: The method that `track_api` was given.
 
         given_path: The path that `track_api` was given.
+
+        is_wsgi: Whether WSGI's middleware serves it; no bridge leads from it to WSGI.
 
         error: What ended the request's own function; kept until the request is told.
 
@@ -142,6 +144,7 @@ class Request:
         "find_route",
         "given_method",
         "given_path",
+        "is_wsgi",
         "method",
         "path",
     )
@@ -153,6 +156,7 @@ class Request:
         self.find_route: Callable[[], str | None] | None = None
         self.given_method: str | None = None
         self.given_path: str | None = None
+        self.is_wsgi = False
         self.error: BaseException | None = None
         self.component: str | None = None
         self._claims = [None]
@@ -165,13 +169,17 @@ class Request:
         Nobody is once the answer has begun: what runs then is background work.  Nor is
         what runs in a forked child, of which the middleware would not learn.
         """
-        if os.getpid() != self._pid:
+        if not self.is_here():
             return False
         try:
             self._claims.pop()  # one call into C, so that of two threads one has it
         except IndexError:
             return False
         return True
+
+    def is_here(self) -> bool:
+        """Return whether this process serves it, rather than one that it forked."""
+        return os.getpid() == self._pid
 
     def close(self) -> None:
         """Let no function be the request's own any more."""

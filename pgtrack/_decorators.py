@@ -70,7 +70,8 @@ class _OwnFunction:
     def leave(self, error: BaseException | None = None, result: object = None) -> None:
         """Leave the *error* to the middleware, which knows what it was answered by."""
         del result
-        self._request.error = error
+        if self._request.client is not None:  # else the request is over, and kept here
+            self._request.error = error
 
 
 @overload

@@ -134,9 +134,14 @@ def _find(headers: Headers) -> dict[Field, str]:
         text = _text(value)
         if text is not None:
             found[field] = text.strip(" \t")
-    if "journey_id" in found:
-        found["journey_id"] = urllib.parse.unquote(found["journey_id"])
+    journey_id = found.get("journey_id")
+    if journey_id is not None and len(journey_id) <= _MAX_QUOTED:
+        found["journey_id"] = urllib.parse.unquote(journey_id)
     return found
+
+
+_MAX_QUOTED = 255 * 12
+"""Most characters of a journey that may fit: each of four bytes, each as `%XX`."""
 
 
 def _text(part: object) -> str | None:

@@ -112,6 +112,19 @@ class TestExtract:
             refused=("session_id", "request_id", "user_id", "journey_id")
         )
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("%F0%9F%9B%92" * 255, "\N{SHOPPING TROLLEY}" * 255),
+            ("%41" * 256, None),
+            ("%41" * 100_000, None),
+        ],
+        ids=["longest", "longer", "endless"],
+    )
+    def test_long_journeys(self, text: str, expected: str | None) -> None:
+        """A journey arrives up to 255 characters, however they are spelt."""
+        assert extract({"X-Journey-ID": text}, is_trusted=True).journey_id == expected
+
     @unhurried
     @given(st.dictionaries(st.sampled_from([*ALL]), st.text() | st.binary()))
     def test_anything(self, headers: dict[str, Any]) -> None:

@@ -18,6 +18,10 @@ Wrapper: TypeAlias = "Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Takes the wrapped function, its instance, the arguments and the keywords."""
 
 
+_patching = threading.Lock()
+"""Held while functions are wrapped or not: integrations may share one."""
+
+
 class Patches:
     """
     The patches of one integration: all on or all off.
@@ -27,7 +31,6 @@ class Patches:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._on: list[_Patch] = []
 
     @property
@@ -37,35 +40,50 @@ class Patches:
 
     def install(self, *places: tuple[Any, str, Wrapper]) -> None:
         """
-        Wrap functions, unless that is done.
+        Wrap functions, unless that is done; all of them, or none by an exception.
 
         Args:
             places: The class or module that has the function, its name, the wrapper.
         """
-        with self._lock:
+        with _patching:
             if not self._on:
-                self._on = [_Patch(*place) for place in places]
+                # Looked up before the first is wrapped: a version may lack one.
+                found = [vars(owner)[name] for owner, name, _ in places]
+                self._on = [
+                    _Patch(owner, name, wrapper, function)
+                    for (owner, name, wrapper), function in zip(
+                        places, found, strict=True
+                    )
+                ]
 
     def uninstall(self) -> None:
         """Undo it."""
-        with self._lock:
+        with _patching:
             while self._on:
                 self._on.pop().undo()
 
 
 class _Patch:
-    __slots__ = ("_is_on", "_name", "_owner", "_patched")
+    __slots__ = ("_name", "_owner", "_patched")
 
-    def __init__(self, owner: Any, name: str, wrapper: Wrapper) -> None:
+    def __init__(self, owner: Any, name: str, wrapper: Wrapper, function: Any) -> None:
         self._owner = owner
         self._name = name
-        self._is_on = True
-        self._patched = wrapt.FunctionWrapper(
-            vars(owner)[name], wrapper, enabled=lambda: self._is_on
-        )
+        self._patched = _Patched(function, wrapper)
         setattr(owner, name, self._patched)
 
     def undo(self) -> None:
-        self._is_on = False
-        if vars(self._owner)[self._name] is self._patched:
-            setattr(self._owner, self._name, self._patched.__wrapped__)
+        self._patched._self_is_on = False  # noqa: SLF001  it is ours
+        # Those below it as well that had to stay there when they were taken off.
+        while type(top := vars(self._owner)[self._name]) is _Patched:
+            if top._self_is_on:  # noqa: SLF001
+                break
+            setattr(self._owner, self._name, top.__wrapped__)
+
+
+class _Patched(wrapt.FunctionWrapper):  # type: ignore[misc, type-arg, unused-ignore]
+    """A function that is wrapped, until it is said to be as it was."""
+
+    def __init__(self, function: Any, wrapper: Wrapper) -> None:
+        self._self_is_on = True
+        super().__init__(function, wrapper, enabled=lambda: self._self_is_on)

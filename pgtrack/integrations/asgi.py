@@ -182,8 +182,10 @@ class _Exchange:
         try:
             await self.send(start)
             await self.send({"type": "http.response.body", "body": body})
-        except Exception:  # noqa: BLE001, S110  nobody is left to answer
-            pass
+        except (GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # noqa: BLE001, S110  nobody is left to answer
+            pass  # where we are cancelled, too: what goes on is the application's error
 
 
 _ENDS = {"lifespan.shutdown.complete", "lifespan.shutdown.failed"}

@@ -81,6 +81,7 @@ class Middleware:
         if served is None:
             return self.app(environ, start_response)
         switch(outside)  # the exchange puts the request's own in for each step
+        served.request.is_wsgi = True
         environ[SERVED] = served
         exchange = _Exchange(served, environ, start_response)
         return exchange.body(exchange.run(self.app, environ, exchange.start_response))
@@ -260,6 +261,10 @@ class _Exchange:
         if not self._has_ended:
             self._has_ended = True
             self._environ.pop(SERVED, None)
+            wrapper = self._environ.get("wsgi.file_wrapper")
+            if getattr(wrapper, "__self__", None) is self:
+                # Else the environ is in a cycle with us, until that is collected.
+                self._environ["wsgi.file_wrapper"] = self._wrapper
             self._explain()
             self._served.leave(error)
             self._hangup = None
@@ -461,6 +466,8 @@ def _served_around(environ: Environ) -> Any:
     frame = current_frame()
     request = None if frame is None else frame.request
     if frame is None or request is None or request.path != _path(environ):
+        return None
+    if request.is_wsgi:  # of an application that calls itself, or another like it
         return None
     came = extract(_headers(environ))
     if (

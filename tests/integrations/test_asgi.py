@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -612,7 +613,7 @@ class TestErrors:
         assert [("error", "ValueError"), ("GET", "/x", 500)] == told(events)
 
     def test_cancelled_during_our_answer(self, events):
-        """Who is cancelled while the 500 is sent leaves nothing behind."""
+        """Who is cancelled while the 500 is sent raises what the 500 is of."""
 
         class Stuck(Call):
             async def send(self, message):
@@ -623,13 +624,55 @@ class TestErrors:
             nonlocal task
             exchange = Stuck(http_scope("GET", "/x"))
             task = asyncio.current_task()
-            with pytest.raises(asyncio.CancelledError):
+            with pytest.raises(ValueError, match="boom"):
                 await exchange.run(Middleware(raising(ValueError("boom"))))
             return _context.current_frame()
 
         task: Any = None
 
         assert asyncio.run(main()) is None
+        assert [("error", "ValueError"), ("GET", "/x", 500)] == told(events)
+
+    def test_failure_of_one_that_was_cancelled(self, events, backend):
+        """What is raised in the face of a cancellation comes out in its stead."""
+
+        class Slow(Call):
+            async def send(self, message):
+                await anyio.lowlevel.checkpoint()
+
+        async def app(scope, receive, send):
+            scope_of_task.cancel()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise ValueError("boom")
+
+        async def main():
+            nonlocal scope_of_task
+            with (
+                pytest.raises(ValueError, match="boom"),
+                anyio.CancelScope() as scope_of_task,
+            ):
+                await Slow(http_scope("GET", "/x")).run(Middleware(app))
+
+        scope_of_task: Any = None
+        anyio.run(main, backend=backend)
+
+        assert [("error", "ValueError"), ("GET", "/x", 500)] == told(events)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+    def test_end_of_the_program_during_our_answer(self, events, error):
+        """The end of the program goes before what the 500 is of."""
+
+        class Ending(Call):
+            async def send(self, message):
+                raise error
+
+        exchange = Ending(http_scope("GET", "/x"))
+        step = exchange.run(Middleware(raising(ValueError("boom"))))
+        with pytest.raises(error):
+            step.send(None)
+
         assert [("error", "ValueError"), ("GET", "/x", 500)] == told(events)
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -1112,7 +1112,7 @@ class TestInstall:
     def test_every_patch_rests(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Patches that had to stay, since others are above them, do nothing."""
         for patch in integration._patches._on:
-            monkeypatch.setattr(patch, "_is_on", False)
+            monkeypatch.setattr(patch._patched, "_self_is_on", False)
         seen = Seen()
         with pgtrack.session("sess_a"):
             run_thread(threading.Thread(target=seen))

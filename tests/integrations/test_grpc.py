@@ -639,8 +639,8 @@ class TestServerCancellation:
                 future = call.future(requests(), metadata=ANN, timeout=PATIENCE)
                 assert started.wait(PATIENCE)
                 future.cancel()
-                go_on.set()
             served.stop()
+            go_on.set()  # not before: an end of the stream may come first
 
         assert [499] == [status for *_, status in responses(events)]
         assert [] == errors(events)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import re
+import time
 from typing import TYPE_CHECKING
 
 import anyio
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pgtrack
+from harness import in_fork
 from pgtrack import _api, _context, _diagnostics
 from pgtrack.integrations._http import Serving, paths
 from pgtrack.integrations._requirement import requirement
@@ -59,6 +62,11 @@ class TestPaths:
             ("/a|/b", "/b", False),
             ("*", "", True),
             ("/a*", "/a\nb", True),
+            ("/a*a", "/a", False),
+            ("/a*b*b", "/ab", False),
+            ("/a*b*c", "/abbc", True),
+            ("/a**c", "/ac", True),
+            (["/x", "/a*"], "/ab", True),
         ],
     )
     def test_patterns(self, patterns, path, is_named):
@@ -70,6 +78,14 @@ class TestPaths:
         """Whatever is in a path, it names itself."""
         assert paths([text])(text)
         assert not paths([f"{text}x"])(text.replace("*", "."))
+
+    def test_paths_that_nearly_fit(self):
+        """A client cannot choose a path that takes long to compare."""
+        named = paths("/*a*a*a*b")
+        began = time.perf_counter()
+
+        assert not named("/" + "a" * 100_000)
+        assert 1 > time.perf_counter() - began
 
     def test_iterators(self):
         """Patterns may be given once."""
@@ -119,6 +135,60 @@ class TestServed:
         assert [("GET", "/inner", 500), ("GET", "/outer", 500)] == told(
             events.of_type("api.response")
         )
+
+    def test_the_next_in_the_context_of_the_last(self, events):
+        """A request that begins in the context of another does not hold on to it."""
+        first = Serving().begin({}, "GET", "/first")
+        assert first is not None
+        context = contextvars.copy_context()
+        first.leave()
+        second = context.run(Serving().begin, {}, "GET", "/second")
+        assert second is not None
+
+        assert second.frame.parent is None
+
+    def test_left_below_another(self, events):
+        """What is left open inside of a request ends with it."""
+        served = Serving().begin({}, "GET", "/x")
+        assert served is not None
+        pgtrack.session("other").__enter__()
+        served.leave()
+
+        assert _context.current_frame() is None
+
+    def test_forked_child(self, events):
+        """A child that was forked on the way does not tell the request, but errors."""
+        served = Serving().begin({}, "GET", "/x")
+        assert served is not None
+
+        def child():
+            served.leave(ValueError("in the child"))
+            return told(events)
+
+        assert [("error", "ValueError")] == in_fork(child)
+        served.answer_with(200)
+        served.leave()
+        assert [("GET", "/x", 200)] == told(events)
+
+    def test_own_function_that_ends_later(self, events):
+        """A request that is over keeps no error alive, whoever keeps the request."""
+
+        @pgtrack.track_api
+        def own():
+            yield
+            raise ValueError("late")
+
+        served = Serving().begin({}, "GET", "/x")
+        assert served is not None
+        run = own()
+        next(run)
+        served.answer_with(200)
+        served.leave()
+        with pytest.raises(ValueError, match="late"):
+            next(run)
+
+        assert [("GET", "/x", 200)] == told(events)
+        assert served.request.error is None
 
     def test_trusted(self, events):
         """Carriers that can be trusted bring user and journey."""

@@ -16,6 +16,7 @@ from harness import Exchange, Reply, Server, run_script, start_together
 from pgtrack import _context, _diagnostics
 from pgtrack.exceptions import MissingDependencyError
 from pgtrack.integrations._outbound import Outbound, absent
+from pgtrack.integrations._patches import Patches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -555,6 +556,37 @@ class TestInstallation:
             assert [("/a", None, None)] == hosts.seen()
         finally:
             setattr(patch._owner, patch._name, ours.__wrapped__)
+
+    def test_taken_off_in_any_order(self) -> None:
+        """Of two that share a function nothing is left, whichever goes first."""
+        urllib3 = pytest.importorskip("urllib3")
+        pytest.importorskip("requests")
+        first, second = (
+            importlib.import_module(f"pgtrack.integrations.{name}")
+            for name in ("urllib3", "requests")
+        )
+        before = vars(urllib3.HTTPConnectionPool)["_make_request"]
+        first.install()
+        second.install()
+        first.uninstall()
+        assert before is not vars(urllib3.HTTPConnectionPool)["_make_request"]
+        second.uninstall()
+
+        assert before is vars(urllib3.HTTPConnectionPool)["_make_request"]
+
+    def test_all_or_none(self) -> None:
+        """Where a version lacks one of the functions, none is wrapped."""
+
+        class Owner:
+            def there(self) -> None:
+                """Be wrapped, or not."""
+
+        before, patches = Owner.there, Patches()
+        with pytest.raises(KeyError):
+            patches.install((Owner, "there", print), (Owner, "lacking", print))
+
+        assert before is Owner.there
+        assert not patches.is_on
 
     def test_our_errors_do_not_reach_the_host(
         self, installed: Sender, hosts: Hosts, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import io
 import itertools
@@ -10,6 +11,7 @@ import random
 import socket
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from wsgiref import simple_server, util
@@ -1065,6 +1067,29 @@ class TestFiles:
         assert 3 == len(answer.body.split())
         assert [("GET", "/", 200)] == told(events)
 
+    def test_environ_of_a_function_is_freed(self, events: Events) -> None:
+        """Behind a server whose wrapper is a function, too, nothing awaits the gc."""
+
+        def wrapper(given: Any) -> Any:
+            return given
+
+        class Environ(dict[str, Any]):
+            """One that can be referred to weakly."""
+
+        environ = Environ(environ_of(**{"wsgi.file_wrapper": wrapper}))
+        result: Any = Middleware(stream)(environ, print_nothing)
+        assert 3 == len([*result])
+        result.close()
+        assert wrapper is environ["wsgi.file_wrapper"]
+        reference = weakref.ref(environ)
+        gc.disable()
+        try:
+            del environ, result
+
+            assert reference() is None
+        finally:
+            gc.enable()
+
     def test_simple_handler_sends_it(self, events: Events) -> None:
         """The standard library's handler sees the file as it would without us."""
         handler_files = []
@@ -1269,6 +1294,31 @@ class TestHostileHeaders:
             ask(hello, HTTP_X_SESSION_ID=value)
 
         assert [value.strip() for value in values] == [e.session_id for e in events]
+
+
+# --- WSGI inside of WSGI ---
+
+
+def test_application_that_calls_itself(events: Events) -> None:
+    """A request that an application makes to its own path is one of its own."""
+
+    def app(environ: Any, start_response: Any) -> Any:
+        bodies = [str(pgtrack.current().session_id).encode()]
+        if environ["QUERY_STRING"]:
+            bodies += [
+                Answer(served, environ_of("/x")).finish().body,
+                Answer(served, environ_of("/x", HTTP_X_SESSION_ID="a b")).finish().body,
+            ]
+        start_response("200 OK", list(PLAIN))
+        return [b" ".join(bodies)]
+
+    served = Middleware(app)
+    outer = environ_of("/x", QUERY_STRING="again", HTTP_X_SESSION_ID="sess_outer")
+    sessions = Answer(served, outer).finish().body.decode().split()
+
+    assert ["sess_outer", "srv", "srv"] == [text.partition("-")[0] for text in sessions]
+    assert {*sessions} == {event.session_id for event in events}
+    assert 3 == len(events)
 
 
 # --- WSGI inside of ASGI ---
