@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pgtrack import _context, _diagnostics, _propagation, _tracing
 from pgtrack._client import Client, in_thread, spells_out
 from pgtrack._clock import SYSTEM_CLOCK, seconds
-from pgtrack._config import Config
+from pgtrack._config import Config, is_left_out
 from pgtrack._ledger import Stats
 from pgtrack.exceptions import ConfigError
 
@@ -112,6 +112,9 @@ def configure(
         Config.isolated(**options)  # a wrong setting is told all the same
         return before
     config = Config(**options)
+    if not config.enabled and is_left_out(options):
+        _diagnostics.note("left out", _LEFT_OUT)
+        _diagnostics.tell()
     with _configuring:
         before = _client
         if before is not None and before.is_like(config, transport):
@@ -125,6 +128,12 @@ def configure(
     if before is not None:
         before.retire()
     return client
+
+
+_LEFT_OUT = (
+    "pgtrack.configure() leaves pgtrack disabled: PRODUCTGRAPH_ENDPOINT enables it "
+    "only with PRODUCTGRAPH_ENABLED=true. Set that, or set it to false."
+)
 
 
 @spells_out

@@ -9,6 +9,7 @@ wrong arguments are as good as absent.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from pgtrack.typing import BeforeSend
 
-__all__ = ["Config", "ConfigOptions"]
+__all__ = ["Config", "ConfigOptions", "is_left_out"]
 
 PREFIX = "PRODUCTGRAPH_"
 _ENABLED = PREFIX + "ENABLED"
@@ -413,7 +414,10 @@ class Config:
         """Set every field: by *options*, else by *environ*, else its default."""
         settings = {f.name: f.metadata[_Setting] for f in attrs.fields(type(self))}
         if unknown := options.keys() - settings.keys():
-            msg = f"Config() got an unexpected keyword argument {min(unknown)!r}"
+            wrong = min(unknown)
+            msg = f"Config() got an unexpected keyword argument {wrong!r}"
+            if close := difflib.get_close_matches(wrong, settings, 1):
+                msg += f". Did you mean {close[0]!r}?"
             raise TypeError(msg)
         switch = _value_of("enabled", settings["enabled"], {}, environ)
         enabled = None
@@ -497,6 +501,12 @@ def _checked(parse: Parse, value: Any, where: str, *, is_secret: bool = False) -
     except (OSError, RecursionError) as error:
         msg = f"{where} cannot be used ({type(error).__name__}). Check its value."
         raise ConfigError(msg) from None
+
+
+def is_left_out(options: ConfigOptions) -> bool:
+    """Return whether the environment has an endpoint, and nobody said yes or no."""
+    is_undecided = options.get("enabled") is None and not os.environ.get(_ENABLED)
+    return is_undecided and bool(os.environ.get(PREFIX + "ENDPOINT"))
 
 
 def _shorten(value: object) -> str:

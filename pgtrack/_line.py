@@ -291,10 +291,12 @@ class Line:
             left = min(first_tries) + self._retry_for - now
             wait = min(wait, max(left, _SHORTEST_WAIT))
         self._next_try = now + wait
+        is_held = answer.verdict is Verdict.HOLD
+        cause = "; is the address wrong, or the key?" if is_held else ""
         _diagnostics.note(
             f"not delivered: {answer.verdict.value}",
-            f"pgtrack could not deliver events ({answer.reason}). They are kept and "
-            f"sent again; {self._ledger.pending.value:,} wait.",
+            f"pgtrack could not deliver events ({answer.reason}{cause}). They are kept "
+            f"and sent again; {self._ledger.pending.value:,} wait.",
         )
 
     def _without_expired(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pgtrack._config import Config
     from pgtrack._worker import Worker
 
-__all__ = ["adopt", "deliver"]
+__all__ = ["adopt", "begin_delivery", "deliver"]
 
 _IMPORT_WAIT = 5.0
 """Most seconds that a fork waits for an import that is under way."""
@@ -71,35 +71,78 @@ def _workers() -> list[tuple[Worker, Config]]:
 # --- the end ---
 
 
-def deliver() -> None:
-    """Deliver what all clients took so far, each within its `exit_timeout`."""
-    _end(lambda worker, left: worker.flush(left))
+_LEAST = 0.2
+"""Seconds to see whether an endpoint that was waited for in vain is back."""
+
+_vain: weakref.WeakKeyDictionary[Worker, float] = weakref.WeakKeyDictionary()
+"""
+Seconds that each was waited for in vain at an end of this process.
+
+There may be several: a server may end by its lifespan, a signal and `atexit`.
+"""
+
+
+def begin_delivery() -> bool:
+    """Have all workers deliver at once; True if none has anything to."""
+    return all([_guarded(worker.flush, 0.0) for worker, _ in _workers()])  # noqa: C419  same
+
+
+def deliver() -> bool:
+    """
+    Deliver what all clients took so far, each within its `exit_timeout`.
+
+    True if nothing is left.  Time that was waited in vain, as for an endpoint that is
+    down, counts for all ends of the process together.
+    """
+    return _end(lambda worker, left: worker.flush(left))
+
+
+def _finish() -> None:
+    """Deliver what was emitted, and take no more; what is left is counted and told."""
+    _end(lambda worker, left: worker.close(left))
 
 
 def _close() -> None:
-    """Deliver what was emitted, and take no more."""
+    """Finish at the end of the interpreter."""
     try:
-        _end(lambda worker, left: worker.close(left))
+        _finish()
     finally:
         _keep_status()
 
 
-def _end(verb: Callable[[Worker, float], object]) -> None:
-    """Do *verb* to all workers, each within its `exit_timeout`, counted from now."""
+def _end(verb: Callable[[Worker, float], object]) -> bool:
+    """Do *verb* to all workers, each within its time, counted from now."""
     start = SYSTEM_CLOCK.monotonic()
-    workers = _workers()
-    for worker, _ in workers:
-        _guarded(worker.flush, 0.0)  # all deliver at once, and none waits for another
-    for worker, config in workers:
-        left = start + float(config.exit_timeout) - SYSTEM_CLOCK.monotonic()
-        _guarded(verb, worker, max(left, 0.0))
+    begin_delivery()  # all deliver at once, and none waits for another
+    return all([_end_one(verb, worker, config, start) for worker, config in _workers()])  # noqa: C419  none is left out
 
 
-def _guarded(function: Callable[..., object], *args: object) -> None:
+def _end_one(
+    verb: Callable[[Worker, float], object],
+    worker: Worker,
+    config: Config,
+    start: float,
+) -> bool:
+    began, delivered = SYSTEM_CLOCK.monotonic(), worker.delivered
+    end = start + float(config.exit_timeout)
+    waited = _vain.get(worker, 0.0)
+    if waited:
+        _guarded(worker.flush, max(end - waited - began, _LEAST))
+        if worker.delivered == delivered:
+            end = 0.0
+    is_done = _guarded(verb, worker, max(end - SYSTEM_CLOCK.monotonic(), 0.0))
+    is_vain = not is_done and worker.delivered == delivered
+    _vain[worker] = waited + SYSTEM_CLOCK.monotonic() - began if is_vain else 0.0
+    return is_done
+
+
+def _guarded(function: Callable[..., object], *args: object) -> bool:
+    """Return whether *function* returns something true; its errors are our own."""
     try:
-        function(*args)
+        return bool(function(*args))
     except Exception as error:  # noqa: BLE001  one worker must not cost the others
         _diagnostics.internal_error(error)
+        return False
 
 
 def _keep_status() -> None:
@@ -145,6 +188,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
+    _vain.clear()
     _transport.forget_imports()
     for worker, _ in _workers():
         _guarded(worker.start_over)
@@ -181,7 +225,7 @@ def _mind_children() -> None:
 
 
 def _deliver_at_end(_: object = None) -> None:
-    sys.modules["multiprocessing.util"].Finalize(None, deliver, exitpriority=_LAST)
+    sys.modules["multiprocessing.util"].Finalize(None, _finish, exitpriority=_LAST)
 
 
 # --- SIGTERM ---
@@ -217,13 +261,15 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 def _end_by_sigterm(number: int, frame: FrameType | None) -> None:
     for worker, _ in _workers():
         _guarded(worker.hurry)  # a server yet ends what is under way, then kills itself
-    deliver()
     if callable(_previous):
+        deliver()
         _previous(number, frame)
     elif signal.getsignal(number) is _on_sigterm:
+        _finish()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
-    # Else a handler that was installed after ours called us, and decides what is next.
+    else:  # a handler that was installed after ours called us, and decides what is next
+        deliver()
 
 
 atexit.register(_close)

@@ -171,6 +171,11 @@ class Worker:
             self._starting.release()
 
     @property
+    def delivered(self) -> int:
+        """How many events the endpoint has taken."""
+        return self._ledger.delivered.value
+
+    @property
     def is_own_thread(self) -> bool:
         """Whether the calling thread is delivering, and so cannot wait for itself."""
         return self._deliverer == threading.get_ident()

@@ -105,6 +105,23 @@ class TestConfigure:
         assert pgtrack.flush(10)
         assert pgtrack.stats().delivered == 1
 
+    def test_left_out(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An endpoint in the environment that enables nothing is told, unless meant."""
+        monkeypatch.setenv("PRODUCTGRAPH_ENDPOINT", "https://h.invalid")
+        client = pgtrack.configure(project_id="p")
+        told = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        pgtrack.configure(project_id="p", enabled=False)
+        monkeypatch.setenv("PRODUCTGRAPH_ENABLED", "false")
+        pgtrack.configure(project_id="p")
+
+        assert not client.is_enabled
+        assert 1 == len(told)
+        assert "PRODUCTGRAPH_ENABLED=true" in told[0]
+        assert [] == caplog.records
+
     def test_wrong_options_change_nothing(self, server: Server) -> None:
         """A ConfigError leaves the present client as it is."""
         client = pgtrack.configure(**OPTIONS, endpoint=server.url)

@@ -416,7 +416,14 @@ class TestBadValues:
             Config(batch_sise=5)  # type: ignore[call-arg]
 
         expected = "Config() got an unexpected keyword argument 'batch_sise'"
-        assert expected == str(caught.value)
+        assert f"{expected}. Did you mean 'batch_size'?" == str(caught.value)
+
+    def test_a_setting_like_no_other_is_a_type_error(self) -> None:
+        """Where nothing is near to what was given, nothing is suggested."""
+        with pytest.raises(TypeError) as caught:
+            Config(xyz=5)  # type: ignore[call-arg]
+
+        assert str(caught.value).endswith("unexpected keyword argument 'xyz'")
 
     @pytest.mark.parametrize("missing", ENABLED)
     def test_what_must_be_given(self, missing: str) -> None:

@@ -39,9 +39,14 @@ class FakeWorker:
         self.calls: list[tuple[str, float]] = []
         self.starts = 0
         self.is_hurried = False
+        self.delivered = 0
+        self.is_back = False
 
     def _call(self, verb: str, timeout: float) -> bool:
         self.calls.append((verb, timeout))
+        if self.is_back and timeout:
+            self.delivered += 1
+            return True
         if self.is_slow:
             time.sleep(timeout)
         if self.error is not None:
@@ -144,6 +149,31 @@ class TestEnd:
 
         verbs = [[verb for verb, _ in worker.calls] for worker in workers]
         assert [["flush", "close"]] * 3 == verbs
+
+    def test_what_was_waited_in_vain(self, adopt):
+        """A process that ends in several ways waits for a dead endpoint only once."""
+        worker = adopt(is_slow=True, exit_timeout=0.5)
+
+        started = time.monotonic()
+        ends = [_process.deliver(), _process.deliver()]
+        _process._close()
+        took = time.monotonic() - started
+
+        assert [False, False] == ends
+        assert ("close", 0.0) == worker.calls[-1]
+        assert 0.5 <= took < 0.5 + 2 * _process._LEAST + 0.1
+
+    def test_what_was_waited_for_is_back(self, adopt):
+        """Once the endpoint takes events again, there is all the time as before."""
+        worker = adopt(is_slow=True, exit_timeout=0.5)
+        assert not _process.deliver()
+        worker.is_back = True
+        worker.calls.clear()
+
+        assert _process.deliver()
+        waits = [round(timeout, 1) for _, timeout in worker.calls]
+        assert [0.0, _process._LEAST, 0.5] == waits
+        assert _process.deliver()
 
     def test_nobody(self, adopt):
         """Without workers the end takes no time."""
@@ -365,7 +395,7 @@ class TestSigterm:
         signal.raise_signal(signal.SIGTERM)
 
         assert [((os.getpid(), signal.SIGTERM), signal.SIG_DFL)] == sent
-        assert ["flush", "flush"] == [verb for verb, _ in worker.calls]
+        assert ["flush", "close"] == [verb for verb, _ in worker.calls]
 
     def test_handler_before(self, worker):
         """It delivers, and calls the handler that was there, as Python would."""

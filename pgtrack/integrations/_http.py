@@ -12,11 +12,13 @@ import re
 import time
 from typing import TYPE_CHECKING, TypeAlias
 
-from pgtrack import _api, _errors
+from pgtrack import _api, _errors, _process
 from pgtrack._blocks import ApiCall, continued_frame
+from pgtrack._client import in_thread
 from pgtrack._context import Request, current_frame, switch
 from pgtrack._diagnostics import internal_error
 from pgtrack._propagation import REQUEST_HEADER
+from pgtrack.exceptions import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -50,15 +52,19 @@ def paths(patterns: str | Iterable[str]) -> Paths:
 
     Raises:
         TypeError: If a pattern is no text.
+
+        ConfigError: If one begins by neither `/` nor `*`, so that no path could fit.
     """
-    given: list[object] = [patterns] if isinstance(patterns, str) else [*patterns]
+    one = isinstance(patterns, str)
+    given: list[object] = [patterns] if one and patterns else [*patterns]
     for pattern in given:
+        rule = "exclude must be paths such as '/health' or '/static/*'"
         if not isinstance(pattern, str):
-            kind = type(pattern).__name__
-            msg = (
-                f"exclude must be paths such as '/health' or '/static/*' (got {kind})."
-            )
+            msg = f"{rule} (got {type(pattern).__name__})."
             raise TypeError(msg)
+        if not pattern.startswith(("/", "*")):
+            msg = f"{rule} (got {pattern!r}). Begin it by '/', or by '*'."
+            raise ConfigError(msg)
     if not given:
         return lambda _: False
     whole = {str(pattern) for pattern in given if "*" not in str(pattern)}
@@ -116,20 +122,12 @@ class Serving:
         """The client of the middleware, else the default one."""
         return _api.default_client() if self._client is None else self._client
 
-    async def aflush(self) -> None:
-        """
-        Deliver what was emitted, within `exit_timeout`; raises nothing.
-
-        By the middleware's client, the default one and those it took over from: all
-        that the process has, as far as is known here.
-        """
-        default = _api.default_client()
+    @staticmethod
+    async def aflush() -> None:
+        """Deliver what all clients took, within `exit_timeout`; raises nothing."""
         try:
-            if _api.stats().pending:  # else there is nothing, and no need of a thread
-                await _api.aflush(default.config.exit_timeout)
-            own = self.client
-            if own is not default and own.stats().pending:
-                await own.aflush(own.config.exit_timeout)
+            if not _process.begin_delivery():  # else there is no need of a thread
+                await in_thread(lambda _: _process.deliver(), 0.0)
         except Exception as error:  # noqa: BLE001  the host must go on
             internal_error(error)
 
@@ -253,7 +251,11 @@ class Served(ApiCall):
             return
         if not request.is_here():
             self._is_told = True  # by the process that answers it
-        self._component = request.component
+        self.method = request.given_method or request.method
+        self.path = request.best_path()
+        self._component = (
+            request.component or f"{self.method or ''} {self.path}".strip()
+        )
         status = self._status(error)
         is_no_answer = self._is_told or status < 500  # noqa: PLR2004
         if error is not None and is_no_answer and _errors.is_failure(error):
@@ -261,8 +263,6 @@ class Served(ApiCall):
         if self._is_told:
             return
         self._is_told = True
-        self.method = request.given_method or request.method
-        self.path = request.best_path()
         is_cut = self._duration is None or self.is_gone
         duration = time.perf_counter() - self._started
         self.tell_response(

@@ -21,11 +21,13 @@ from pgtrack.integrations._requirement import requirement
 from pgtrack.integrations._tasks import TaskRun, prepare_forks, to_carry
 
 with requirement("celery", extra="celery"):
+    from celery import signals, states  # type: ignore[import-untyped]
+
+with requirement("billiard", extra="celery"):  # which Celery comes with
     from billiard.exceptions import (  # type: ignore[import-untyped]
         TimeLimitExceeded,
         WorkerLostError,
     )
-    from celery import signals, states  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

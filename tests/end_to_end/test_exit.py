@@ -347,6 +347,32 @@ class TestSigterm:
 
         assert (-signal.SIGTERM, "", Counter("n")) == self.run(server, body)
 
+    @pytest.mark.parametrize("ending", ["SIGTERM", "a child of multiprocessing"])
+    def test_what_is_lost_is_told(self, ending):
+        """What an endpoint that is down costs is told, in whatever way the end comes."""
+        script = f"""
+        import multiprocessing, os, signal
+        import pgtrack
+        def end():
+            pgtrack.emit("custom")
+            if {ending == "SIGTERM"}:
+                os.kill(os.getpid(), signal.SIGTERM)
+        pgtrack.configure(
+            project_id="p", endpoint="http://127.0.0.1:9/", exit_timeout=0.3
+        )
+        if {ending == "SIGTERM"}:
+            end()
+        else:
+            child = multiprocessing.get_context("fork").Process(target=end)
+            child.start()
+            child.join(20)
+        """
+
+        ended = run_script(script)
+
+        assert (0 if "child" in ending else -signal.SIGTERM) == ended.returncode
+        assert ended.stderr.count("pgtrack dropped 1 events") == 1
+
     def test_server_hangs(self, server):
         """A server that hangs delays the host's action by `exit_timeout` at most."""
         server.default = hang(threading.Event())

@@ -1067,10 +1067,9 @@ class TestLifespan:
                 anyio.run(exchange.run, app, backend=backend)
                 pgtrack.shutdown()
 
-        count = 3 if is_own else 2
         assert [
             ("lifespan.startup.complete", 0),
-            ("lifespan.shutdown.complete", count),
+            ("lifespan.shutdown.complete", 3),
         ] == seen
 
     @pytest.mark.parametrize("is_enabled", [True, False])
@@ -1140,7 +1139,7 @@ class TestLifespan:
 
     def test_nothing_to_flush(self, events, monkeypatch):
         """Without anything to deliver nobody waits, and no thread is started."""
-        monkeypatch.setattr("pgtrack._api.aflush", None)
+        monkeypatch.setattr("pgtrack._process.deliver", None)
         exchange = self.lifespan()
         anyio.run(exchange.run, Middleware(hello_lifespan))
 
@@ -1150,7 +1149,7 @@ class TestLifespan:
     def test_our_own_error(self, events, monkeypatch):
         """An error of our own does not keep the server from shutting down."""
         monkeypatch.setattr(_diagnostics, "reraise", False)
-        monkeypatch.setattr("pgtrack._api.stats", None)
+        monkeypatch.setattr("pgtrack._process.begin_delivery", None)
         exchange = self.lifespan()
         anyio.run(exchange.run, Middleware(self.app))
 

@@ -76,8 +76,14 @@ class TestPaths:
     @given(st.text())
     def test_any_text_names_itself(self, text):
         """Whatever is in a path, it names itself."""
-        assert paths([text])(text)
-        assert not paths([f"{text}x"])(text.replace("*", "."))
+        assert paths([f"/{text}"])(f"/{text}")
+        assert not paths([f"/{text}x"])("/" + text.replace("*", "."))
+
+    @pytest.mark.parametrize("pattern", ["health", "^/health$", "https://h/health"])
+    def test_what_no_path_could_be(self, pattern):
+        """A pattern that could name no path is refused where it is given."""
+        with pytest.raises(pgtrack.ConfigError, match="Begin it by '/', or by"):
+            paths(["/", pattern])
 
     def test_paths_that_nearly_fit(self):
         """A client cannot choose a path that takes long to compare."""
