@@ -349,7 +349,7 @@ class TestSigterm:
 
     @pytest.mark.parametrize("ending", ["SIGTERM", "a child of multiprocessing"])
     def test_what_is_lost_is_told(self, ending):
-        """What an endpoint that is down costs is told, in whatever way the end comes."""
+        """What an endpoint that is down costs is told, however the end comes."""
         script = f"""
         import multiprocessing, os, signal
         import pgtrack
