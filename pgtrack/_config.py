@@ -9,7 +9,6 @@ wrong arguments are as good as absent.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -414,6 +413,8 @@ class Config:
         """Set every field: by *options*, else by *environ*, else its default."""
         settings = {f.name: f.metadata[_Setting] for f in attrs.fields(type(self))}
         if unknown := options.keys() - settings.keys():
+            import difflib  # noqa: PLC0415  for what is misspelt alone
+
             wrong = min(unknown)
             msg = f"Config() got an unexpected keyword argument {wrong!r}"
             if close := difflib.get_close_matches(wrong, settings, 1):
