@@ -621,9 +621,12 @@ class TestServerCancellation:
         """An error of gRPC itself, to a handler that reads on, is no failure of it."""
         started = threading.Event()
 
-        def read(requests: Any, _: Any) -> bytes:
+        def read(requests: Any, context: Any) -> bytes:
+            gone = threading.Event()
+            context.add_callback(gone.set)
             for _request in requests:
                 started.set()
+                assert gone.wait(PATIENCE)  # else the end of the stream may come first
             return b""
 
         handlers = {"read": grpc.stream_unary_rpc_method_handler(read)}
@@ -640,7 +643,7 @@ class TestServerCancellation:
                 assert started.wait(PATIENCE)
                 future.cancel()
             served.stop()
-            go_on.set()  # not before: an end of the stream may come first
+            go_on.set()
 
         assert [499] == [status for *_, status in responses(events)]
         assert [] == errors(events)
