@@ -160,6 +160,15 @@ def what_is_missing(page: str) -> str:
     return ""
 
 
+def uninstall_all(page: str) -> None:
+    """Undo what the code of a page installed for the whole process."""
+    run = (b.text for b in blocks_of(page) if b.language == "python" and not b.note)
+    code = "\n".join(run)
+    for name in set(re.findall(r"pgtrack\.integrations(?:\.| import )(\w+)", code)):
+        module = importlib.import_module(f"pgtrack.integrations.{name}")
+        getattr(module, "uninstall", lambda: None)()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs_and_does_what_is_shown(
     page: str,
@@ -176,18 +185,21 @@ def test_code_runs_and_does_what_is_shown(
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed, seen = "", 0
 
-    for block in blocks_of(page):
-        if block.language == "python" and not block.note:
-            seen = len(strict.core.events)
-            code = compile("\n" * block.line + block.text, page, "exec")
-            exec(code, namespace)
-            pgtrack.flush()
-            printed = capsys.readouterr().out
-        elif block.note == "output":
-            assert plain(block.text) == plain(printed), f"{page}:{block.line}"
-        elif block.note == "event":
-            emitted = [timeless(event) for event in strict.core.events[seen:]]
-            assert timeless(json.loads(block.text)) in emitted
+    try:
+        for block in blocks_of(page):
+            if block.language == "python" and not block.note:
+                seen = len(strict.core.events)
+                code = compile("\n" * block.line + block.text, page, "exec")
+                exec(code, namespace)
+                pgtrack.flush()
+                printed = capsys.readouterr().out
+            elif block.note == "output":
+                assert plain(block.text) == plain(printed), f"{page}:{block.line}"
+            elif block.note == "event":
+                emitted = [timeless(event) for event in strict.core.events[seen:]]
+                assert timeless(json.loads(block.text)) in emitted
+    finally:
+        uninstall_all(page)
 
 
 @pytest.mark.parametrize("page", PAGES)
