@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from pgtrack._config import Config
+    from pgtrack._spool import Spool
     from pgtrack.typing import Clock, EventType, IdFactory, Transport
 
 __all__ = ["Client", "Sink", "in_thread", "spells_out"]
@@ -171,9 +172,17 @@ class Client:
             ledger=self._ledger,
             policy=RetryPolicy(),
             clock=self._clock,
+            spool=self._make_spool(),
         )
         _process.adopt(worker, self.config)
         return worker
+
+    def _make_spool(self) -> Spool | None:
+        if self.config.spool_dir is None:
+            return None
+        from pgtrack._spool import Spool  # noqa: PLC0415  for whoever wants one
+
+        return Spool(self.config, self._ledger, self._clock)
 
     @property
     def is_enabled(self) -> bool:
@@ -493,11 +502,11 @@ class Client:
         """
         Flush, then stop for good; may be called again.
 
-        Events that are left after *timeout* seconds are dropped as `shutdown`, events
-        emitted afterwards as `closed`.
+        Events that are left after *timeout* seconds are dropped as `shutdown`, or rest
+        in the spool; events emitted afterwards are dropped as `closed`.
 
         Returns:
-            Whether nothing was left.
+            Whether nothing was left, or all of it is in the spool.
 
         Raises:
             TypeError: If *timeout* is no number.
@@ -509,7 +518,7 @@ class Client:
     @property
     def has_ended(self) -> bool:
         """Whether every event that was taken came to an end."""
-        return self._ledger.pending.value == 0
+        return self._ledger.pending.value == 0 and self._ledger.spooled.value == 0
 
     def retire(self) -> None:
         """Take no more events, and deliver what is left in the background."""

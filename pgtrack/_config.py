@@ -127,8 +127,8 @@ def _bytes(low: int, high: int) -> Parse:
     return parse
 
 
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h)?\s*", re.ASCII)
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|m|h|d)?\s*", re.ASCII)
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _seconds(*, zero: bool = False) -> Parse:
@@ -228,6 +228,16 @@ def _file(value: Any) -> str:
     if path is None or not path.is_file():
         raise _WrongError("the path of a file that exists", "Check the path.")
     return str(path)
+
+
+def _folder(value: Any) -> str:
+    is_path = isinstance(value, (str, os.PathLike)) and os.fspath(value) != ""
+    path = Path(value) if is_path else None
+    if path is None or isinstance(os.fspath(value), bytes) or "\0" in str(path):
+        raise _WrongError("the path of a folder", "Use '/var/lib/shop/pgtrack'.")
+    if path.exists() and not path.is_dir():
+        raise _WrongError("a folder, or a path where one can be made", "Use another.")
+    return str(path.absolute())  # the host may change its folder
 
 
 def _cert(value: Any) -> tuple[str, ...]:
@@ -358,6 +368,12 @@ class Config:
     timeout: float = _setting(10.0, _seconds())
     retry_for: float = _setting(300.0, _seconds(zero=True))
     exit_timeout: float = _setting(3.0, _seconds(zero=True))
+    spool_dir: str | None = _setting(None, _optional(_folder))
+    max_spool_bytes: int = _setting(256_000_000, _bytes(100_000, 2**50))
+    max_spool_age: float = _setting(7 * 86_400.0, _seconds())
+    spool_each_event: bool = _setting(False, _boolean)  # noqa: FBT003
+    spool_fsync: bool = _setting(False, _boolean)  # noqa: FBT003
+    replay_rate: float | None = _setting(2_000.0, _optional(_rate))
     sample_rate: float = _setting(1.0, _fraction)
     session_rate_limit: float | None = _setting(None, _optional(_rate))
     redact_keys: tuple[str, ...] = _setting((), _keys)
@@ -467,6 +483,20 @@ class Config:
                 "allow_insecure=True to send events in the clear."
             )
             raise ConfigError(msg)
+        if self.spool_dir is None and (self.spool_each_event or self.spool_fsync):
+            name = "spool_each_event" if self.spool_each_event else "spool_fsync"
+            msg = (
+                f"setting `{name}` needs `spool_dir` (got none). Pass the folder in "
+                "which events are to rest, such as '/var/lib/shop/pgtrack'."
+            )
+            raise ConfigError(msg)
+        if self.spool_dir and self.max_spool_bytes < 8 * self.max_batch_bytes:
+            msg = (
+                "setting `max_spool_bytes` must be at least eight times "
+                f"`max_batch_bytes` (got {self.max_spool_bytes:,} and "
+                f"{self.max_batch_bytes:,}). Raise the one or lower the other."
+            )
+            raise ConfigError(msg)
         if self.max_event_bytes > self.max_batch_bytes:
             msg = (
                 "setting `max_event_bytes` must not be more than `max_batch_bytes` "
@@ -542,6 +572,12 @@ class ConfigOptions(TypedDict, total=False):
     timeout: float | str
     retry_for: float | str
     exit_timeout: float | str
+    spool_dir: str | os.PathLike[str] | None
+    max_spool_bytes: int | str
+    max_spool_age: float | str
+    spool_each_event: bool
+    spool_fsync: bool
+    replay_rate: float | None
     sample_rate: float
     session_rate_limit: float | None
     redact_keys: Iterable[str]

@@ -37,6 +37,9 @@ DropReason: TypeAlias = Literal[
     "retry_expired",
     "sampled",
     "shutdown",
+    "spool_damaged",
+    "spool_expired",
+    "spool_full",
     "suppressed",
     "too_large",
 ]
@@ -139,6 +142,9 @@ class Stats:
         sent_bytes: Bytes of request bodies, compressed, of all attempts that were
             answered.
 
+        spool_errors: Reads and writes of the spool that failed; the events stayed in
+            memory.
+
         last_error: What the last attempt that failed ran into; None if none did.
 
         last_success: When a batch was last taken; None if none was.
@@ -155,6 +161,7 @@ class Stats:
     batches: int = 0
     retries: int = 0
     sent_bytes: int = 0
+    spool_errors: int = 0
     last_error: str | None = None
     last_success: datetime | None = None
 
@@ -188,6 +195,7 @@ class Stats:
             batches=self.batches + other.batches,
             retries=self.retries + other.retries,
             sent_bytes=self.sent_bytes + other.sent_bytes,
+            spool_errors=self.spool_errors + other.spool_errors,
             last_error=other.last_error or self.last_error,
             last_success=max(successes, default=None),
         )
@@ -211,11 +219,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self.emitted = Tally()
+        self.recovered = Tally()
         self.delivered = Tally()
+        self.spooled = Tally()
         self.pending = Tally()
         self.batches = Tally()
         self.retries = Tally()
         self.sent_bytes = Tally()
+        self.spool_errors = Tally()
         self._dropped = {reason: Tally() for reason in get_args(DropReason)}
         self._adjusted = {reason: Tally() for reason in get_args(AdjustedReason)}
         self._rejected: dict[str, Tally] = {}
@@ -225,6 +236,10 @@ class Ledger:
     def drop(self, reason: DropReason, count: int = 1) -> None:
         """Count *count* events as dropped for *reason*."""
         self._dropped[reason].add(count)
+
+    def dropped(self, reason: DropReason) -> int:
+        """Return how many events were dropped for *reason* so far."""
+        return self._dropped[reason].value
 
     def adjust(self, reason: AdjustedReason) -> None:
         """Count one value that went on, but not as it was given."""
@@ -238,8 +253,9 @@ class Ledger:
 
     def reset(self) -> None:
         """Start again from zero, as a forked child does."""
-        counters = [self.emitted, self.delivered, self.pending]
-        counters += [self.batches, self.retries, self.sent_bytes]
+        counters = [self.emitted, self.recovered, self.delivered, self.spooled]
+        counters += [self.pending, self.batches, self.retries, self.sent_bytes]
+        counters += [self.spool_errors]
         for tally in (*counters, *self._dropped.values(), *self._adjusted.values()):
             tally.reset()
         self._rejected.clear()
@@ -253,17 +269,21 @@ class Ledger:
         delivered = self.delivered.value
         rejected = _counts(self._rejected)
         dropped = _counts(self._dropped)
+        spooled = self.spooled.value
         pending = self.pending.value
         return Stats(
             emitted=self.emitted.value,
+            recovered=self.recovered.value,
             delivered=delivered,
             rejected=rejected,
             dropped=dropped,
+            spooled=spooled,
             pending=pending,
             adjusted=_counts(self._adjusted),
             batches=self.batches.value,
             retries=self.retries.value,
             sent_bytes=self.sent_bytes.value,
+            spool_errors=self.spool_errors.value,
             last_error=self.last_error,
             last_success=_utc(self.last_success_ns),
         )

@@ -17,13 +17,19 @@ rejected if the endpoint took another one since the last wait, or if nothing is
 left to ask with.  Until then it is a *suspect*.  Several suspects in a row mean that
 the endpoint refuses everything.  Then all are kept, and it is asked slowly, by
 one event at a time, until it takes one; that one overtakes the others.
+
+A parcel may rest on disk as well, in a file of the spool; the spool then says when it
+has become too old.  In memory it is given up `retry_for` after its first try.
+
+The waits are a circuit breaker: one attempt at a time, ever more rarely.  After
+`_OPEN_AFTER` failures in a row it is a small one, and is not brought forward often.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
 
@@ -33,10 +39,15 @@ from pgtrack.typing import Answer, Verdict
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from pgtrack._journal import Segment
     from pgtrack._ledger import DropReason, Ledger
     from pgtrack._retry import RetryPolicy
+    from pgtrack._source import SpooledFile
 
-__all__ = ["Line", "Parcel", "pack"]
+__all__ = ["MAX_EVENTS", "Hold", "Line", "Parcel", "pack"]
+
+MAX_EVENTS = 1_000
+"""Most events of a request, by ProductGraph's documentation and source."""
 
 _MAX_SPLITS = 256
 """Most splits of one line before refused parcels are rejected whole."""
@@ -46,8 +57,23 @@ _SUSPECTS = 5
 
 _SHORTEST_WAIT = 0.001
 
+_OPEN_AFTER = 3
+"""Failures in a row from which on an endpoint is taken to be down."""
+
+_HURRIES = 1.0
+"""Seconds between attempts that are brought forward at an endpoint that is down."""
+
 _ENVELOPE = len(b'{"events":[]}') - 1
 """Bytes of a request around its events, each with a comma but for the last."""
+
+
+Hold: TypeAlias = "int | tuple[int, Segment | None] | SpooledFile"
+"""
+What an event occupies until its end.
+
+In memory, its size in the bound of the queue, and if it was written to the journal,
+where; or else the file that it is in.
+"""
 
 
 @attrs.define(eq=False)
@@ -58,7 +84,7 @@ class Parcel:
     Attributes:
         events: Their bytes.
 
-        sizes: What each counts for in the bound of the queue.
+        holds: What each occupies.
 
         first_try: When they were first sent, alone or with others.
 
@@ -66,31 +92,41 @@ class Parcel:
     """
 
     events: list[bytes]
-    sizes: list[int]
+    holds: list[Hold]
     first_try: float | None = None
     refusal: str = ""
 
     def __len__(self) -> int:
         return len(self.events)
 
+    @property
+    def file(self) -> SpooledFile | None:
+        """The youngest file that its events are in; None if they are in memory."""
+        hold = self.holds[-1] if self.holds else 0
+        return None if isinstance(hold, (int, tuple)) else hold
+
     def split(self, at: int) -> tuple[Parcel, Parcel]:
         """Return the events before and from the position *at*."""
         return (
-            Parcel(self.events[:at], self.sizes[:at], self.first_try),
-            Parcel(self.events[at:], self.sizes[at:], self.first_try),
+            Parcel(self.events[:at], self.holds[:at], self.first_try),
+            Parcel(self.events[at:], self.holds[at:], self.first_try),
         )
 
 
-def pack(encoded: Iterable[tuple[bytes, int]], max_bytes: int) -> Iterator[Parcel]:
-    """Group events, each with its size, into parcels of requests of *max_bytes*."""
+def pack(encoded: Iterable[tuple[bytes, Hold]], max_bytes: int) -> Iterator[Parcel]:
+    """
+    Group events, each with its hold, into parcels of requests of *max_bytes*.
+
+    They are either all in memory, or all in files.
+    """
     parcel, length = Parcel([], []), _ENVELOPE
-    for data, size in encoded:
+    for data, hold in encoded:
         length += len(data) + 1
-        if parcel and length > max_bytes:
+        if parcel and (length > max_bytes or len(parcel) == MAX_EVENTS):
             yield parcel
             parcel, length = Parcel([], []), _ENVELOPE + len(data) + 1
         parcel.events.append(data)
-        parcel.sizes.append(size)
+        parcel.holds.append(hold)
     if parcel:
         yield parcel
 
@@ -102,11 +138,13 @@ class Line:
     Args:
         ledger: Counts where each event went.
 
-        release: Called with the size of each event that came to its end.
+        release: Called with the hold of each event that came to its end.
 
         policy: How long to wait between attempts.
 
-        retry_for: Seconds after its first try that a parcel is given up.
+        retry_for: Seconds after its first try that a parcel in memory is given up.
+
+        probe_size: Most events that an endpoint that is down is asked with.
 
     Attributes:
         is_refused: Whether the endpoint refuses everything.
@@ -118,14 +156,16 @@ class Line:
         self,
         *,
         ledger: Ledger,
-        release: Callable[[int], None],
+        release: Callable[[Hold], None],
         policy: RetryPolicy,
         retry_for: float,
+        probe_size: int = 50,
     ) -> None:
         self._ledger = ledger
         self._release = release
         self._policy = policy
         self._retry_for = retry_for
+        self._probe_size = probe_size
         self._parcels: collections.deque[Parcel] = collections.deque()
         self._suspects: collections.deque[Parcel] = collections.deque()
         self._probe: Parcel | None = None
@@ -136,20 +176,43 @@ class Line:
         self._splits = 0
         self._failures = 0
         self._next_try = 0.0
+        self._last_try = 0.0
 
     def __bool__(self) -> bool:
         return bool(self._parcels or self._suspects)
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last attempt has to be repeated."""
+        return self._failures > 0
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the last attempts failed, so that the endpoint seems to be down."""
+        return self._failures >= _OPEN_AFTER
 
     def extend(self, parcels: Iterable[Parcel]) -> None:
         """Append *parcels*."""
         self._parcels.extend(parcels)
 
-    def wait(self, now: float) -> float:
-        """Return the seconds until the next attempt; none are left if not above 0."""
-        return self._next_try - now
+    def wait(self, now: float, *, is_hurried: bool = False) -> float:
+        """
+        Return the seconds until the next attempt; none are left if not above 0.
+
+        Whoever is in a hurry need not wait, unless the endpoint named the time.
+        """
+        wait = self._next_try - now
+        if not is_hurried or self.is_told_when:
+            return wait
+        if not self.is_down:
+            return 0.0
+        return min(wait, self._last_try + _HURRIES - now)
 
     def next(self, now: float) -> Parcel:
         """Return the parcel to send now; it stays in the line until it is settled."""
+        self._last_try = now
+        if self.is_down and not self.is_refused:
+            self._make_small()
         if self.is_refused and not (self._parcels and self._parcels[0] is self._probe):
             self._put_newest_first()
             self._probe = self._parcels[0]
@@ -157,6 +220,12 @@ class Line:
         if parcel.first_try is None:
             parcel.first_try = now
         return parcel
+
+    def _make_small(self) -> None:
+        parcel = self._parcels[0]
+        if len(parcel) > self._probe_size:
+            self._parcels.popleft()
+            self._parcels.extendleft(reversed(parcel.split(self._probe_size)))
 
     def _put_newest_first(self) -> None:
         """
@@ -207,11 +276,45 @@ class Line:
             self._splits = 0
 
     def give_up(self, reason: DropReason) -> None:
-        """Drop everything."""
-        for parcel in (*self._suspects, *self._parcels):
+        """Be done with everything; what is on disk stays there, the rest is dropped."""
+        for parcel in self._in_memory():
             self._drop(parcel, reason)
         self._suspects.clear()
         self._parcels.clear()
+
+    # --- on disk ---
+
+    def leave(self, is_left: Callable[[Hold], bool]) -> None:
+        """Be done with the events in memory for whose hold *is_left* returns True."""
+        for parcel in self._in_memory():
+            pairs = zip(parcel.events, parcel.holds, strict=True)
+            others = [(event, hold) for event, hold in pairs if not is_left(hold)]
+            parcel.events = [event for event, _ in others]
+            parcel.holds = [hold for _, hold in others]
+
+    def _in_memory(self) -> list[Parcel]:
+        """Return the parcels that are not on disk, in the order of emission."""
+        return [p for p in (*self._suspects, *self._parcels) if p.file is None]
+
+    @property
+    def in_memory(self) -> list[bytes]:
+        """The events that are not on disk, in the order of emission."""
+        return [event for parcel in self._in_memory() for event in parcel.events]
+
+    def rest_in(self, file: SpooledFile) -> None:
+        """Note that what was in memory alone is now in *file*."""
+        for parcel in self._in_memory():
+            self._free(parcel)
+            parcel.holds = [file] * len(parcel)
+
+    def on_disk(self) -> dict[SpooledFile, list[bytes]]:
+        """Return the events that have not ended of each file."""
+        events: dict[SpooledFile, list[bytes]] = {}
+        for parcel in (*self._suspects, *self._parcels):
+            for event, hold in zip(parcel.events, parcel.holds, strict=True):
+                if not isinstance(hold, (int, tuple)):
+                    events.setdefault(hold, []).append(event)
+        return events
 
     # --- taken, in part or whole ---
 
@@ -282,9 +385,7 @@ class Line:
         self._parcels = self._without_expired(self._parcels, now)
         self._suspects = self._without_expired(self._suspects, now)
         first_tries = [
-            parcel.first_try
-            for parcel in (*self._suspects, *self._parcels)
-            if parcel.first_try is not None
+            p.first_try for p in self._in_memory() if p.first_try is not None
         ]
         if first_tries and not self.is_told_when:
             # One last attempt when the oldest is to be given up, not long after it.
@@ -292,19 +393,26 @@ class Line:
             wait = min(wait, max(left, _SHORTEST_WAIT))
         self._next_try = now + wait
         is_held = answer.verdict is Verdict.HOLD
+        waiting = self._ledger.pending.value + self._ledger.spooled.value
         cause = "; is the address wrong, or the key?" if is_held else ""
         _diagnostics.note(
             f"not delivered: {answer.verdict.value}",
             f"pgtrack could not deliver events ({answer.reason}{cause}). They are kept "
-            f"and sent again; {self._ledger.pending.value:,} wait.",
+            f"and sent again; {waiting:,} wait.",
         )
 
     def _without_expired(
         self, parcels: Iterable[Parcel], now: float
     ) -> collections.deque[Parcel]:
-        """Drop those first tried `retry_for` ago, and return the others."""
+        """Drop what is too old, and return the others."""
         kept: collections.deque[Parcel] = collections.deque()
         for parcel in parcels:
+            if parcel.file is not None:
+                if parcel.file.is_expired:
+                    self._drop(parcel, "spool_expired")
+                else:
+                    kept.append(parcel)
+                continue
             first_try = parcel.first_try
             if first_try is None or now - first_try < self._retry_for:
                 kept.append(parcel)
@@ -346,5 +454,5 @@ class Line:
         self._free(parcel)
 
     def _free(self, parcel: Parcel) -> None:
-        for size in parcel.sizes:
-            self._release(size)
+        for hold in parcel.holds:
+            self._release(hold)

@@ -7,6 +7,9 @@ Everything here is bounded by `exit_timeout`, and chains to what was there befor
   own; what is in memory is the parent's, who sends it.
 - End of the interpreter: `atexit`.  Children of `multiprocessing` leave by `os._exit`
   and run no `atexit`; they run the finalizers of `multiprocessing.util`.
+- After that: exit handlers that are called after ours, daemon threads, finalisers.
+  What they emit waits for the moment at which `atexit` has called everybody, and
+  what is emitted later still is delivered by whoever emits it.
 - SIGTERM: deliver, then do what would have been done without us: the default action,
   with its exit status, or the handler that was there.  A handler that is installed
   after ours decides by itself whether to call us.  An ignored signal stays ignored.
@@ -27,8 +30,8 @@ from pgtrack import _diagnostics, _transport
 from pgtrack._clock import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from types import FrameType
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import FrameType, ModuleType
 
     from pgtrack._config import Config
     from pgtrack._worker import Worker
@@ -94,37 +97,39 @@ def deliver() -> bool:
     True if nothing is left.  Time that was waited in vain, as for an endpoint that is
     down, counts for all ends of the process together.
     """
-    return _end(lambda worker, left: worker.flush(left))
+    return _end(_flush)
 
 
-def _finish() -> None:
+def _flush(worker: Worker, left: float) -> bool:
+    is_done = worker.flush(left, may_rest=True)
+    if not is_done:
+        worker.rest()  # whoever is called next may end the process at once
+    return is_done
+
+
+def _finish(spent: float = 0.0) -> None:
     """Deliver what was emitted, and take no more; what is left is counted and told."""
-    _end(lambda worker, left: worker.close(left))
+    _end(lambda worker, left: worker.close(left), spent)
 
 
-def _close() -> None:
-    """Finish at the end of the interpreter."""
-    try:
-        _finish()
-    finally:
-        _keep_status()
-
-
-def _end(verb: Callable[[Worker, float], object]) -> bool:
+def _end(verb: Callable[[Worker, float], object], spent: float = 0.0) -> bool:
     """Do *verb* to all workers, each within its time, counted from now."""
     start = SYSTEM_CLOCK.monotonic()
     begin_delivery()  # all deliver at once, and none waits for another
-    return all([_end_one(verb, worker, config, start) for worker, config in _workers()])  # noqa: C419  none is left out
+    ends = [(w, start + _left(config, spent)) for w, config in _workers()]
+    return all([_end_one(verb, worker, end) for worker, end in ends])  # noqa: C419  none is left out
+
+
+def _left(config: Config, spent: float) -> float:
+    """Return the seconds that are left when some were *spent* on the same end."""
+    timeout = float(config.exit_timeout)
+    return min(timeout, max(timeout - spent, _LEAST))
 
 
 def _end_one(
-    verb: Callable[[Worker, float], object],
-    worker: Worker,
-    config: Config,
-    start: float,
+    verb: Callable[[Worker, float], object], worker: Worker, end: float
 ) -> bool:
     began, delivered = SYSTEM_CLOCK.monotonic(), worker.delivered
-    end = start + float(config.exit_timeout)
     waited = _vain.get(worker, 0.0)
     if waited:
         _guarded(worker.flush, max(end - waited - began, _LEAST))
@@ -157,6 +162,161 @@ def _keep_status() -> None:
     if getattr(sys, "last_type", None) is KeyboardInterrupt and not is_interactive:
         with contextlib.suppress(KeyboardInterrupt):
             exec("raise KeyboardInterrupt")  # noqa: S102  a constant
+
+
+# --- what comes late ---
+
+
+class _Exit:
+    """
+    The end of the interpreter: our exit handler, held by `atexit` alone.
+
+    Handlers that were registered before ours are called after it.  When all have been
+    called, `atexit` lets go of them: that is the last moment at which threads run and
+    modules can be imported.
+    """
+
+    def __init__(self) -> None:
+        self._spent: float | None = None
+
+    def __call__(self) -> None:
+        """Finish, and keep what is emitted from now on."""
+        self._spent = 0.0
+        for worker, _ in self._finish():
+            worker.linger(_keep)
+
+    def __del__(self) -> None:
+        if self._spent is None:  # let go of without a call, as in a forked child
+            return
+        lingering = self._finish()
+        if "gevent" in sys.modules:  # whose loop is not to be relied upon any more
+            return
+        modules = _needed_modules()
+        for worker, config in lingering:
+            # What was never used is perhaps not loaded, and can be no more.
+            if worker.delivered or config.spool_dir is not None:
+                worker.linger(_Late(worker, config, self._spent, modules))
+
+    def _finish(self) -> list[tuple[Worker, Config]]:
+        """Do so, within what is left; return who could take more."""
+        began, spent = SYSTEM_CLOCK.monotonic(), self._spent or 0.0
+        try:
+            return _finish_for_now(spent)
+        finally:
+            self._spent = spent + SYSTEM_CLOCK.monotonic() - began
+            _keep_status()
+
+
+def _finish_for_now(spent: float = 0.0) -> list[tuple[Worker, Config]]:
+    """Finish, and return the workers that may take more, unless that is in vain."""
+    present = [(w, config) for w, config in _workers() if not w.is_closed]
+    _finish(spent)
+    return [
+        (worker, config)
+        for worker, config in present
+        if not _vain.get(worker) or config.spool_dir is not None
+    ]
+
+
+def _keep() -> None:
+    """Leave an event in the queue: somebody will come for it."""
+
+
+class _Late:
+    """
+    Delivers each event on the thread that emits it, as nobody comes later to do it.
+
+    When its time is up, events are written to disk, or if there is no spool, refused.
+
+    Args:
+        worker: Whose events.
+
+        config: Its settings.
+
+        spent: Seconds of the time for the end that are gone.  They are counted where
+            the process would end but for us; where threads of the host go on, only
+            those waited in vain are.
+
+        modules: What is to be importable, where the interpreter is taken apart.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: Config,
+        spent: float = 0.0,
+        modules: Mapping[str, ModuleType] | None = None,
+    ) -> None:
+        self._worker = worker
+        self._has_spool = config.spool_dir is not None
+        self._left = 0.0 if _vain.get(worker) else _left(config, spent)
+        self._modules = modules
+        self._thread = threading.get_ident()
+        self._turn = threading.Lock()
+
+    def __call__(self) -> None:
+        """Deliver what is in the queue; called with each event, and by ourselves."""
+        if self._modules is not None and self._thread != threading.get_ident():
+            return  # a daemon, which may end at any bytecode from now on
+        try:
+            while len(self._worker.queue) and self._turn.acquire(blocking=False):
+                try:
+                    self._deliver()
+                finally:
+                    self._turn.release()
+        except Exception:  # noqa: BLE001, S110  names are missing: it is too late
+            pass
+
+    def _deliver(self) -> None:
+        began = SYSTEM_CLOCK.monotonic()
+        with _importable(self._modules or {}):
+            is_done = self._left > 0 and self._worker.flush(self._left, may_rest=True)
+            if self._modules is not None or not is_done:
+                self._left -= SYSTEM_CLOCK.monotonic() - began
+            if not is_done or self._left <= 0:
+                self._left = 0.0
+                self._worker.close(0.0)
+                if self._has_spool:
+                    self._worker.linger(self)
+
+
+_PACKAGES = frozenset(
+    {"pgtrack", "httpx", "httpcore", "h11", "certifi", "idna", "anyio", "sniffio"}
+)
+"""Beside the standard library, what delivering may import, or import again."""
+
+
+def _needed_modules() -> Mapping[str, ModuleType]:
+    """Return what is loaded of the modules that delivering may import again."""
+    loaded = sys.modules.copy().items()
+    needed = _PACKAGES | sys.stdlib_module_names
+    return {name: module for name, module in loaded if name.split(".")[0] in needed}
+
+
+@contextlib.contextmanager
+def _importable(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    """
+    Let *modules* be found by the imports within functions.
+
+    At its end the interpreter replaces them by None in `sys.modules`, and then clears
+    that, before the last finalisers are called.
+    """
+    present: dict[str, Any] = sys.modules
+    hidden = {
+        name: present.get(name, modules)
+        for name, module in modules.items()
+        if present.get(name) is not module
+    }
+    for name in hidden:
+        present[name] = modules[name]
+    try:
+        yield
+    finally:
+        for name, before in hidden.items():
+            if before is modules:
+                present.pop(name, None)
+            else:
+                present[name] = before
 
 
 # --- fork ---
@@ -225,7 +385,13 @@ def _mind_children() -> None:
 
 
 def _deliver_at_end(_: object = None) -> None:
-    sys.modules["multiprocessing.util"].Finalize(None, _finish, exitpriority=_LAST)
+    sys.modules["multiprocessing.util"].Finalize(None, _end_child, exitpriority=_LAST)
+
+
+def _end_child() -> None:
+    """Finish, though threads of the host may go on before the child leaves."""
+    for worker, config in _finish_for_now():
+        worker.linger(_Late(worker, config))
 
 
 # --- SIGTERM ---
@@ -272,7 +438,7 @@ def _end_by_sigterm(number: int, frame: FrameType | None) -> None:
         deliver()
 
 
-atexit.register(_close)
+atexit.register(_Exit())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,

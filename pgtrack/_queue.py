@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import collections
 import sys
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from pgtrack import _diagnostics
 from pgtrack._clock import Signal
@@ -23,22 +23,34 @@ from pgtrack._ledger import Ledger, Tally
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pgtrack._journal import Segment
     from pgtrack._record import Record
 
-__all__ = ["NEVER", "BoundedQueue", "Marker"]
+__all__ = ["NEVER", "BoundedQueue", "Marker", "Written"]
 
 NEVER = sys.maxsize
 """A length at which nobody is woken."""
 
 
+_NEAR = 0.75
+"""Share of a bound from which on the queue is to be relieved."""
+
+
 class Marker:
-    """A place in the queue; reached when everything before it has come to an end."""
+    """
+    A place in the queue; reached when everything before it has come to an end.
 
-    __slots__ = ("_signal", "is_reached")
+    Args:
+        may_rest: Whether it is enough that everything is on disk, if the endpoint is
+            down; otherwise what is on disk is to be replayed.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_signal", "is_reached", "may_rest")
+
+    def __init__(self, *, may_rest: bool = False) -> None:
         self._signal = Signal()
         self.is_reached = False
+        self.may_rest = may_rest
 
     def reach(self) -> None:
         """Wake whoever waits for the marker."""
@@ -52,7 +64,16 @@ class Marker:
         return self.is_reached
 
 
-Item: TypeAlias = "Record | Marker"
+class Written(NamedTuple):
+    """An event that was encoded, and written to the journal, where it was emitted."""
+
+    data: bytes
+    segment: Segment | None
+    size: int
+
+
+Item: TypeAlias = "Record | Written | Marker"
+"""What is in the queue; the last value of a tuple is the memory it takes."""
 
 
 class BoundedQueue:
@@ -69,6 +90,8 @@ class BoundedQueue:
         ledger: Counts `pending` and what is dropped.
 
         wake: Called when an item was appended and the length is `wake_at` or more.
+
+        relieve: Called when an item was appended and a bound is near.
     """
 
     def __init__(
@@ -79,6 +102,7 @@ class BoundedQueue:
         drop_oldest: bool,
         ledger: Ledger,
         wake: Callable[[], None],
+        relieve: Callable[[], None] | None = None,
     ) -> None:
         self._items: collections.deque[Item] = collections.deque()
         self._max_events = max_events
@@ -86,6 +110,7 @@ class BoundedQueue:
         self._drop_oldest = drop_oldest
         self._ledger = ledger
         self._wake = wake
+        self._relieve = relieve
         self._bytes = Tally()
         self._marks = Tally()
         self.is_closed = False
@@ -94,17 +119,30 @@ class BoundedQueue:
     def __len__(self) -> int:
         return len(self._items)
 
-    def put(self, record: Record) -> bool:
+    def put(self, record: Record | Written) -> bool:
         """Append *record* if there is room; what is dropped is counted."""
         if self.is_closed:
             self._ledger.drop("closed")
             return False
         size = record[-1]
-        if not self._reserve(size) and not self._make_room(size):
+        if not self.reserve(size) and not self._make_room(size):
             self._count_drop()
             return False
-        self._append(record)
+        self.append(record)
         return True
+
+    def append(self, record: Record | Written) -> None:
+        """Append *record*, for which there was room."""
+        self._append(record)
+        if self._relieve is not None and self.is_filled(_NEAR):
+            self._relieve()
+
+    def is_filled(self, share: float) -> bool:
+        """Whether what is in memory takes more than a *share* of either bound."""
+        return (
+            self._ledger.pending.value > share * self._max_events
+            or self._bytes.value > share * self._max_bytes
+        )
 
     def mark(self, marker: Marker) -> None:
         """Append *marker*."""
@@ -121,7 +159,8 @@ class BoundedQueue:
         if len(self._items) >= self.wake_at:
             self._wake()
 
-    def _reserve(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
+        """Take a place for one event of *size*; False if there is none."""
         if self._ledger.pending.add(1) <= self._max_events:
             if self._bytes.add(size) <= self._max_bytes:
                 return True
@@ -148,8 +187,10 @@ class BoundedQueue:
             if item is None:
                 break
             self.release(item[-1])
+            if isinstance(item, Written) and item.segment is not None:
+                item.segment.users.add(-1)
             self._count_drop()
-            has_room = self._reserve(size)
+            has_room = self.reserve(size)
             if has_room:
                 break
         if markers:
@@ -173,6 +214,13 @@ class BoundedQueue:
         if isinstance(item, Marker):
             self._marks.add(-1)
         return item
+
+    def peek(self) -> Item | None:
+        """Return the oldest item, or None, and leave it where it is."""
+        try:
+            return self._items[0]
+        except IndexError:
+            return None
 
     def _pop(self) -> Item | None:
         try:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pgtrack import _diagnostics
 from pgtrack._clock import format_time, new_ids
-from pgtrack._context import is_request_id, is_session_id, is_user_id
+from pgtrack._context import is_request_id, is_session_id, is_user_id, suppress
 from pgtrack._event import FIELDS, Event, Wire, encode_json, time_to_ns
 from pgtrack._keys import REDACTED, KeyRule
 from pgtrack._snapshot import (
@@ -30,7 +30,7 @@ from pgtrack._snapshot import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pgtrack._config import Config
     from pgtrack._ledger import AdjustedReason, Ledger
@@ -189,7 +189,7 @@ def take_time(value: object, now: int, ledger: Ledger) -> int:
 
 class Encoder:
     """
-    Turns records into the bytes of events; used by the delivering thread alone.
+    Turns records into the bytes of events, on the worker or on any other thread.
 
     Args:
         config: The settings of the client.
@@ -228,13 +228,19 @@ class Encoder:
         self._reserved = {"source": "backend"}
         self._reserved.update({k: v for k, v in named.items() if v is not None})
 
-    def encode(self, records: Iterable[Record]) -> list[tuple[bytes | None, Record]]:
+    def encode(
+        self, records: Sequence[Record]
+    ) -> Iterator[tuple[bytes | None, Record]]:
         """
         Encode *records* in order; None stands for one that was dropped and counted.
         """
-        records = list(records)
         pairs = zip(records, self._new_ids(len(records)), strict=True)
-        return [(self._encode(*pair), pair[0]) for pair in pairs]
+        return ((self._encode(*pair), pair[0]) for pair in pairs)
+
+    def encode_here(self, record: Record) -> bytes | None:
+        """Encode one record on the thread that emits it."""
+        with suppress():  # an event of before_send would make another, and so on
+            return self._encode(record, self._new_ids(1)[0])
 
     def _new_ids(self, count: int) -> list[str]:
         """Return *count* ids; a factory that fails is replaced by our own."""
@@ -254,8 +260,8 @@ class Encoder:
             wire = self._ask(assembled, record[0])
             return None if wire is None else self._bytes(self._finish(wire, record[7]))
         except Exception as error:  # noqa: BLE001  one event must not cost the batch
-            self._ledger.drop("internal_error")
             _diagnostics.internal_error(error)
+            self._ledger.drop("internal_error")
             return None
 
     def _assemble(self, record: Record, event_id: str) -> Wire:

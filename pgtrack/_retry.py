@@ -27,6 +27,9 @@ __all__ = ["RetryPolicy", "classify", "parse_retry_after", "short_reason"]
 MAX_RETRY_AFTER = 120.0
 """Most seconds that an endpoint may make us wait by `Retry-After`."""
 
+_SPREAD = 0.2
+"""Share of a `Retry-After` over which a fleet that heard the same is spread."""
+
 _RETRY = frozenset({408, 425, 429})
 _REFUSED = frozenset({400, 422})
 _TOO_LARGE = 413
@@ -159,10 +162,12 @@ class RetryPolicy:
 
         Full jitter: anything from nothing to the bound, so that a fleet that failed
         together does not return together.  `Retry-After` is a minimum, and does
-        not make the waits shorter.
+        not make the waits shorter; those that were told the same time are spread over
+        a fifth more.
         """
-        jittered = self.jitter() * self._bound(self.first, self.most, attempt)
-        return (retry_after or 0.0) + jittered
+        least = retry_after or 0.0
+        bound = self._bound(self.first, self.most, attempt)
+        return least + self.jitter() * max(bound, least * _SPREAD)
 
     def probe(self, attempt: int) -> float:
         """Return the wait before the next probe: the bound, half of it jitter."""

@@ -1,14 +1,13 @@
 """
-The worker: takes records off the queue, and sees each to its end.
+The worker: the threads and the waiting of one client.
 
-One thread a client, started with the first event.  It takes what the queue holds,
-encodes it, and works on that line of parcels until each event was delivered,
-rejected or given up; then it takes more.  So the order of emission is kept, and
-what waits stays in the bounded queue.  Any thread can do the work in its place:
-at the end of a process no thread can be started, and the caller delivers itself.
+One thread, started with the first event, does what the outbox says is next, and sends
+what it says is to be sent.  Any thread can do the work in its place: at the end of a
+process no thread can be started, and the caller delivers itself.  With a spool there
+is a second one, which brings events to disk when the queue is nearly full and the
+first one is waiting for the endpoint.
 
-What callers tell the worker are flags, set before they wake it; whatever else it knows
-belongs to the thread that holds `_delivering`.
+What callers tell the worker are flags, set before they wake it.
 """
 
 from __future__ import annotations
@@ -20,35 +19,36 @@ from typing import TYPE_CHECKING, Literal
 from pgtrack import _diagnostics
 from pgtrack._clock import Signal
 from pgtrack._context import SUPPRESSED, push
-from pgtrack._line import Line, pack
-from pgtrack._queue import NEVER, BoundedQueue, Marker
+from pgtrack._outbox import Outbox
+from pgtrack._queue import Marker
 from pgtrack._tracing import untraced
 from pgtrack.typing import Answer, Clock, Transport, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pgtrack._config import Config
     from pgtrack._ledger import Ledger
-    from pgtrack._record import Encoder, Record
+    from pgtrack._record import Encoder
     from pgtrack._retry import RetryPolicy
+    from pgtrack._spool import Spool
 
 __all__ = ["Worker"]
 
-_MAX_BATCH = 1_000
-"""Most events of a request, by ProductGraph's documentation and source."""
-
-_CHUNK = 50
-"""Records that are encoded before their bytes are looked at."""
-
 _JOIN = 0.05
 """Seconds that a thread gets to count what it was cut off from."""
+
+_TAKE_OVER = 0.2
+"""Seconds that it then gets to come to its end, if more events are to be taken."""
 
 _LOOK_AGAIN = 0.02
 """Seconds after which a flush looks again who delivers, while a thread is starting."""
 
 _AFTER_ERROR = 30.0
 """Seconds to wait after an error of our own, so that it does not come in a storm."""
+
+_MOST_REST = 5.0
+"""Most seconds at the end of a process to bring to disk what could not be sent."""
 
 
 class Worker:
@@ -67,6 +67,8 @@ class Worker:
         policy: How long to wait between attempts.
 
         clock: Tells the time and waits.
+
+        spool: Where events rest on disk, if they do.
     """
 
     def __init__(
@@ -78,61 +80,56 @@ class Worker:
         ledger: Ledger,
         policy: RetryPolicy,
         clock: Clock,
+        spool: Spool | None = None,
     ) -> None:
-        self._encoder = encoder
         self._make_transport = transport
         self._ledger = ledger
-        self._policy = policy
         self._clock = clock
-        self._batch_size = config.batch_size
-        self._batch_interval = float(config.batch_interval)
-        self._max_batch_bytes = int(config.max_batch_bytes)
-        self._retry_for = float(config.retry_for)
         self._timeout = float(config.timeout)
-        self.queue = BoundedQueue(
-            max_events=config.max_queue_size,
-            max_bytes=int(config.max_queue_bytes),
-            drop_oldest=config.overflow == "drop_oldest",
+        self._has_spool = spool is not None
+        self._outbox = Outbox(
+            config=config,
+            encoder=encoder,
             ledger=ledger,
+            policy=policy,
+            clock=clock,
+            spool=spool,
             wake=self._wake,
+            relieve=self._relieve,
         )
-        self.put = self.queue.put
+        self.queue = self._outbox.queue
+        self.put = self._outbox.put if config.spool_each_event else self.queue.put
         self._begin()
 
     def _begin(self) -> None:
         """Set what a process has of its own."""
         self._transport = self._make_transport()
-        self._is_immediate = getattr(self._transport, "is_immediate", False)
+        is_immediate = getattr(self._transport, "is_immediate", False)
+        self._outbox.is_immediate = is_immediate
         self._signal = Signal()
         # Held by whoever delivers.  Only our own thread waits for it, when it starts.
         self._delivering = threading.Lock()
-        # Held while a thread is started; never waited for.
-        self._starting = threading.Lock()
+        # Empty while a thread is started.
+        self._starting = [None]
         self._thread: threading.Thread | None = None
         self._deliverer: int | None = None
+        self._relief = Signal()
+        self._reliever: threading.Thread | None = None
         # Told by callers.
         self._is_hurried = False
-        self._interval = self._batch_interval
-        self._is_retired = False
         self._is_abandoned = False
+        self._late: Callable[[], None] | None = None
         self._deadline: float | None = None
         # Known to whoever delivers.
-        self._line = Line(
-            ledger=self._ledger,
-            release=self.queue.release,
-            policy=self._policy,
-            retry_for=self._retry_for,
-        )
-        self._markers: list[Marker] = []
-        self._since: float | None = None
         self._is_open = True
+        self._is_stopping = False
 
     def start_over(self) -> None:
         """Forget what is the parent's; called in a forked child."""
         disown = getattr(self._transport, "disown", None)
         if disown is not None:
             disown()
-        self.queue.reset()
+        self._outbox.start_over()
         self._ledger.reset()
         self._begin()
 
@@ -140,10 +137,13 @@ class Worker:
 
     def _wake(self) -> None:
         if self._is_abandoned:
-            self._drop_queued()  # whoever put it had not seen yet that all is closed
+            self._outbox.drop_queued()  # whoever put it had not seen that all is closed
+            return
+        if self._late is not None:
+            self._late()
             return
         self._signal.give()
-        if not self._has_thread:
+        if self._thread is None:
             self._start()
 
     @property
@@ -153,22 +153,21 @@ class Worker:
 
     def _start(self) -> None:
         """Start the thread; where none can be had, leave the work to a flush."""
-        if not self._starting.acquire(blocking=False):
+        # Taking the only element is one call into C.  A lock would do for threads, but
+        # gevent's lets others run when it is held, and `emit` would wait for them.
+        try:
+            self._starting.pop()
+        except IndexError:
             return
         try:
-            if not self._has_thread:
-                thread = threading.Thread(
-                    target=contextvars.Context().run,
-                    args=(self._run,),
-                    name="pgtrack",
-                    daemon=True,
-                )
+            if self._thread is None:
+                self._thread = thread = _thread("pgtrack", self._run)
                 thread.start()
-                self._thread = thread
         except RuntimeError:
-            self.queue.wake_at = len(self.queue) + self._batch_size
+            self._thread = None
+            self.queue.wake_at = len(self.queue) + self._outbox.batch_size
         finally:
-            self._starting.release()
+            self._starting.append(None)
 
     @property
     def delivered(self) -> int:
@@ -178,22 +177,32 @@ class Worker:
     @property
     def is_own_thread(self) -> bool:
         """Whether the calling thread is delivering, and so cannot wait for itself."""
-        return self._deliverer == threading.get_ident()
+        me, reliever = threading.get_ident(), self._reliever
+        return self._deliverer == me or (reliever is not None and reliever.ident == me)
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until all that was emitted before came to an end; True if it did."""
+    def flush(self, timeout: float, *, may_rest: bool = False) -> bool:
+        """
+        Wait until all that was emitted before came to an end; True if it did.
+
+        Args:
+            timeout: Most seconds to wait.
+
+            may_rest: Whether, with the endpoint down, it is enough that all is on disk.
+        """
         if self.is_own_thread:
             return False
-        if self._ledger.pending.value == 0:
+        if self._outbox.has_ended(with_adopted=may_rest):
             return True
         thread = self._thread
         if self._is_abandoned and thread is not None:
             thread.join(timeout)  # it has yet to count what it was cut off from
-            return self._ledger.pending.value == 0
+            return self._outbox.has_ended()
         deadline = self._clock.monotonic() + timeout
-        marker = Marker()
+        marker = Marker(may_rest=may_rest)
         self.queue.mark(marker)
-        self._is_hurried = True
+        # Where all may rest, an endpoint that is down is not worth a last attempt.
+        if not (may_rest and self._has_spool and self._outbox.line.is_down):
+            self._is_hurried = True
         self._wake()
         while not marker.is_reached:
             left = deadline - self._clock.monotonic()
@@ -208,17 +217,20 @@ class Worker:
             marker.wait(min(left, _LOOK_AGAIN))
         # Abandoned, a marker is reached, too, while what was being sent may still be.
         is_reached = marker.is_reached and not self._is_abandoned
-        return is_reached or self._ledger.pending.value == 0
+        return is_reached or self._outbox.has_ended()
 
     def close(self, timeout: float) -> bool:
         """
         Flush, then stop; what is left after *timeout* seconds is dropped, counted.
+
+        With a spool it is written to disk instead, which may take `_MOST_REST` more.
         """
         if self.is_own_thread:
             return False
         self.queue.is_closed = True
         self._deadline = self._clock.monotonic() + timeout
-        is_flushed = self.flush(timeout)
+        dropped = self._ledger.dropped("shutdown")
+        is_flushed = self.flush(timeout, may_rest=True)
         self._is_abandoned = True
         if not is_flushed:
             self._tell_transport("abort")
@@ -232,29 +244,65 @@ class Worker:
             finally:
                 self._delivering.release()
         else:
-            self._drop_queued()  # the rest is with a thread that hangs
-        return is_flushed
+            self._leave_to_other()
+        if is_flushed or not self._has_spool:
+            return is_flushed
+        is_kept = dropped == self._ledger.dropped("shutdown")
+        return is_kept and self._ledger.pending.value == 0
+
+    def rest(self) -> None:
+        """Bring to disk what could not be sent, if there is a spool."""
+        if self._has_spool and self._outbox.lock.acquire(timeout=_MOST_REST):
+            try:
+                self._outbox.rest_all(self._clock.monotonic() + _MOST_REST)
+            finally:
+                self._outbox.lock.release()
+
+    def _leave_to_other(self) -> None:
+        """Save what can be saved from a thread that hangs in an attempt."""
+        self.rest()
+        self._outbox.note_left()
+        self._outbox.drop_queued()
+        _diagnostics.tell()
+
+    def linger(self, late: Callable[[], None]) -> None:
+        """
+        Take events once more after `close`, but start no thread for them.
+
+        Where a thread hangs, that is all over.
+
+        Args:
+            late: Called with each event; to be delivered, it needs a `flush`.
+        """
+        if self._delivering.acquire(timeout=_TAKE_OVER):
+            self._late = late
+            self._is_abandoned = False
+            self._deadline = None
+            self.queue.wake_at = 1
+            self.queue.is_closed = False
+            self._delivering.release()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no more events are taken."""
+        return self.queue.is_closed
 
     def hurry(self) -> None:
         """Let events wait for others no more: the process is about to end."""
-        self._interval = 0.0
+        self._outbox.interval = 0.0
 
     def retire(self) -> None:
         """Take no more events, and stop in the background when all have ended."""
         self.queue.is_closed = True
-        self._is_retired = True
+        self._outbox.is_retired = True
         if self._ledger.pending.value:
             self._wake()
         else:
             self._signal.give()
 
-    def _drop_queued(self) -> None:
-        while (item := self.queue.take()) is not None:
-            if isinstance(item, Marker):
-                item.reach()
-            else:
-                self._ledger.drop("shutdown")
-                self.queue.release(item[-1])
+    def _relieve(self) -> None:
+        """Have the queue brought to disk; called by whoever finds it nearly full."""
+        self._relief.give()
 
     # --- called by whoever delivers ---
 
@@ -263,10 +311,11 @@ class Worker:
         with self._delivering:
             self._deliverer = threading.get_ident()
             push(SUPPRESSED)
+            reliever = self._start_reliever()
             try:
                 while not self._is_abandoned:
                     delay = self._step_safely()
-                    if delay is None and self._is_retired:
+                    if self._outbox.is_retired and self._outbox.is_over:
                         break
                     self._wait(delay)
                 self._finish()
@@ -274,8 +323,36 @@ class Worker:
                 self._deliverer = None
                 self._thread = None
                 self.queue.wake_at = 1
+                if reliever is not None:
+                    self._is_stopping = True
+                    self._relief.give()
+                    reliever.join()
+                    self._reliever = None  # its number may be another thread's now
         if len(self.queue):  # put while this thread was no longer looking
             self._wake()
+
+    def _start_reliever(self) -> threading.Thread | None:
+        if not self._has_spool:
+            return None
+        self._is_stopping = False
+        try:
+            self._reliever = _thread("pgtrack-spool", self._run_reliever)
+            self._reliever.start()
+        except RuntimeError:  # at the end of the interpreter
+            self._reliever = None
+        return self._reliever
+
+    def _run_reliever(self) -> None:
+        """Bring events to disk whenever the queue is nearly full."""
+        push(SUPPRESSED)
+        while self._relief.wait() and not self._is_stopping:
+            self._relieve_safely()
+
+    def _relieve_safely(self) -> None:
+        try:
+            self._outbox.relieve()
+        except Exception as error:  # noqa: BLE001  the thread must outlive our errors
+            _diagnostics.internal_error(error)
 
     def _deliver_here(self, marker: Marker, deadline: float) -> None:
         """Deliver on the calling thread, in place of one that cannot be had."""
@@ -313,97 +390,26 @@ class Worker:
 
         None stands for: until woken.
         """
-        now = self._clock.monotonic()
-        if self._line:
-            wait = self._line.wait(now)
-            if wait > 0 and not self._may_hurry():
-                return wait
+        with self._outbox.lock:
+            now = self._clock.monotonic()
+            is_to_send, delay = self._outbox.next_step(now, is_hurried=self._is_hurried)
+        if is_to_send:
             self._attempt()
-            return 0.0
-        due_in = self._due_in(now)
-        if due_in is not None and due_in <= 0:
-            self._load(_MAX_BATCH)
-            return 0.0
-        return due_in
-
-    def _may_hurry(self) -> bool:
-        """Whether a flush asks for an attempt before its time."""
-        return self._is_hurried and not self._line.is_told_when
-
-    def _due_in(self, now: float) -> float | None:
-        """Return how long the queue may still collect, and ask to be woken before."""
-        queue = self.queue
-        length = len(queue)
-        if length == 0:
-            self._since = None
-            return self._unless_reached(1, None)
-        if queue.is_marked or self._is_retired or self._is_immediate:
-            return 0.0
-        if self._since is None:
-            self._since = now
-        wait = self._since + self._interval - now
-        return self._unless_reached(self._batch_size, wait)
-
-    def _unless_reached(self, length: int, wait: float | None) -> float | None:
-        """Return *wait*, to be woken at a *length*; 0 if that is reached already."""
-        self.queue.wake_at = length
-        return 0.0 if len(self.queue) >= length else wait
-
-    def _load(self, most: int) -> None:
-        """
-        Take up to *most* records off the queue, up to a marker, into the line.
-
-        No more than about a request's worth: what sessions add to each event is shared
-        by records, but not by their bytes.
-        """
-        self._since = None
-        self.queue.wake_at = NEVER
-        encoded: list[tuple[bytes, int]] = []
-        taken = length = 0
-        while taken < most and length < self._max_batch_bytes:
-            wanted = min(most - taken, _CHUNK)
-            records = self._take(wanted)
-            chunk = list(self._encode(records))
-            encoded += chunk
-            taken += len(records)
-            length += sum(len(data) for data, _ in chunk)
-            if len(records) < wanted:
-                break
-        self._line.extend(pack(encoded, self._max_batch_bytes))
-        self._reach_markers()
-
-    def _take(self, most: int) -> list[Record]:
-        """Take up to *most* records off the queue, up to a marker."""
-        records: list[Record] = []
-        while len(records) < most:
-            item = self.queue.take()
-            if item is None:
-                break
-            if isinstance(item, Marker):
-                self._markers.append(item)
-                break
-            records.append(item)
-        return records
-
-    def _encode(self, records: Sequence[Record]) -> Iterator[tuple[bytes, int]]:
-        """Yield the bytes of each event, and its size in the bound of the queue."""
-        for data, record in self._encoder.encode(records):
-            if data is None:  # dropped and counted by the encoder
-                self.queue.release(record[-1])
-            else:
-                yield data, record[-1]
+        return delay
 
     def _attempt(self) -> None:
-        """Send what is next in the line once, and let it settle the answer."""
+        """Send what is next in the line once, and have the answer settled."""
+        outbox = self._outbox
         self._is_hurried = False
         self._is_open = True
-        if self._line.is_refused:
-            self._load(1)  # a new event is the best to ask with
-        now = self._clock.monotonic()
+        with outbox.lock:
+            if outbox.line.is_refused:
+                outbox.load(1)  # a new event is the best to ask with
+            now = self._clock.monotonic()
+            events = outbox.line.next(now).events
         timeout = self._timeout
         if self._deadline is not None:
             timeout = min(timeout, max(self._deadline - now, 0.001))
-        events = self._line.next(now).events
         answer = self._send(events, timeout)
         _diagnostics.detail(
             "pgtrack sent %d events (%d bytes): %s %s",
@@ -415,8 +421,8 @@ class Worker:
             self._ledger.last_success_ns = self._clock.time_ns()
         else:
             self._ledger.last_error = answer.reason
-        self._line.settle(answer, self._clock.monotonic())
-        self._reach_markers()
+        with outbox.lock:
+            outbox.settle(answer)
 
     def _send(self, events: Sequence[bytes], timeout: float) -> Answer:
         try:
@@ -430,25 +436,13 @@ class Worker:
         reason = f"{reason} from {type(self._transport).__name__}"
         return Answer(verdict=Verdict.RETRY, reason=reason)
 
-    def _reach_markers(self) -> None:
-        """Once nothing is left of what was taken, those who wait for it may go on."""
-        while self._markers and not self._line:
-            self._markers.pop().reach()
-
     def _finish(self) -> None:
-        """Close the connection; what is left after the last deadline is dropped."""
-        if self._is_abandoned:
-            left = self._ledger.pending.value
-            if left:
-                _diagnostics.note(
-                    "shutdown",
-                    f"pgtrack dropped {left:,} events that could not be sent before "
-                    "the end; pgtrack.stats().dropped['shutdown'] counts them.",
-                )
-            self._line.give_up("shutdown")
-            self._reach_markers()
-            self.queue.wake_at = 1  # who puts something yet is to see to it himself
-            self._drop_queued()
+        """Close the connection, and the spool; what is left is written or dropped."""
+        with self._outbox.lock:
+            if self._is_abandoned:
+                self._outbox.finish(self._clock.monotonic() + _MOST_REST)
+            else:
+                self._outbox.close_spool()
         if self._is_open:
             self._is_open = False
             self._tell_transport("close")
@@ -460,3 +454,9 @@ class Worker:
         except Exception as error:  # noqa: BLE001  it may be a user's
             name = f"{type(self._transport).__name__}.{verb}"
             _diagnostics.note(name, f"{name} raised {type(error).__name__}.")
+
+
+def _thread(name: str, work: Callable[[], None]) -> threading.Thread:
+    """Return a daemon thread that does *work*, outside of any context."""
+    run = contextvars.Context().run
+    return threading.Thread(target=run, args=(work,), name=name, daemon=True)

@@ -37,10 +37,15 @@ LAYERS = {
     "delivery": {
         "_console",
         "_file",
+        "_folder",
+        "_journal",
         "_layout",
         "_line",
+        "_outbox",
         "_queue",
         "_record",
+        "_source",
+        "_spool",
         "_transport",
         "_worker",
     },
@@ -178,6 +183,12 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
     tree = ast.parse(source_of(module))
 
     assert ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_stand_in_the_docs(module: str) -> None:
+    """No docstring holds an example: nobody would run it, as those in `docs/` are."""
+    assert ">>>" not in source_of(module)
 
 
 def test_all_is_sorted_and_complete() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -69,6 +70,18 @@ GOOD: list[tuple[str, Any, Any]] = [
     ("retry_for", 0, 0.0),
     ("retry_for", "10m", 600.0),
     ("exit_timeout", "0", 0.0),
+    ("spool_dir", "/var/lib/shop/pgtrack", "/var/lib/shop/pgtrack"),
+    ("spool_dir", Path("/no/such/folder"), "/no/such/folder"),
+    ("max_spool_bytes", 100_000, 100_000),
+    ("max_spool_bytes", "2GB", 2_000_000_000),
+    ("max_spool_age", "7d", 604_800.0),
+    ("max_spool_age", "0.5 d", 43_200.0),
+    ("max_spool_age", "90s", 90.0),
+    ("spool_each_event", "no", False),
+    ("spool_fsync", "no", False),
+    ("replay_rate", None, None),
+    ("replay_rate", 1, 1.0),
+    ("replay_rate", "500", 500.0),
     ("sample_rate", 0, 0.0),
     ("sample_rate", "0.25", 0.25),
     ("session_rate_limit", 1, 1.0),
@@ -94,6 +107,8 @@ GOOD: list[tuple[str, Any, Any]] = [
     *((name, " False ", False) for name, _ in BOOLEANS),
 ]
 """Setting, what is given, what it becomes."""
+
+_SPOOL_BYTES = "a number of bytes from 100,000 to 1,125,899,906,842,624"
 
 BAD: list[tuple[str, Any, str]] = [
     ("enabled", "maybe", "true or false"),
@@ -140,6 +155,15 @@ BAD: list[tuple[str, Any, str]] = [
     ("timeout", "0", "a positive number of seconds"),
     ("retry_for", "-1", "a non-negative number of seconds"),
     ("exit_timeout", "soon", "a non-negative number of seconds"),
+    ("spool_dir", "/dev/null", "a folder, or a path where one can be made"),
+    ("max_spool_bytes", "99999", _SPOOL_BYTES),
+    ("max_spool_bytes", "2000000GB", _SPOOL_BYTES),
+    ("max_spool_age", "0d", "a positive number of seconds"),
+    ("max_spool_age", "1 week", "a positive number of seconds"),
+    ("spool_each_event", "each", "true or false"),
+    ("spool_fsync", "2", "true or false"),
+    ("replay_rate", "0.5", "a number of events a second, 1 or more"),
+    ("replay_rate", "fast", "a number of events a second, 1 or more"),
     ("sample_rate", "1.1", "a number from 0 to 1"),
     ("sample_rate", "10%", "a number from 0 to 1"),
     ("sample_rate", "nan", "a number from 0 to 1"),
@@ -195,6 +219,16 @@ BAD_ARGUMENTS: list[tuple[str, Any]] = [
     ("max_event_bytes", -(10**400)),
     ("overflow", None),
     ("overflow", ["drop_oldest"]),
+    ("spool_dir", ""),
+    ("spool_dir", b"/var/lib/shop"),
+    ("spool_dir", "a\0b"),
+    ("spool_dir", 5),
+    ("max_spool_bytes", None),
+    ("max_spool_bytes", 1e6),
+    ("max_spool_age", None),
+    ("spool_each_event", None),
+    ("spool_fsync", 1),
+    ("replay_rate", True),
     ("sample_rate", True),
     ("sample_rate", 10**400),
     ("sample_rate", None),
@@ -264,6 +298,9 @@ class TestTable:
             "timeout": 10.0,
             "retry_for": 300.0,
             "exit_timeout": 3.0,
+            "max_spool_bytes": 256_000_000,
+            "max_spool_age": 604_800.0,
+            "replay_rate": 2_000.0,
             "sample_rate": 1.0,
             "session_id_format": "token",
             "default_session": True,
@@ -338,6 +375,30 @@ class TestGoodValues:
         assert config.ca_bundle == str(pem)
         assert config.client_cert == (str(pem),)
         assert pair.client_cert == text.client_cert == (str(pem), str(pem))
+
+    @pytest.mark.parametrize("name", ["spool_each_event", "spool_fsync"])
+    def test_what_needs_a_spool(self, monkeypatch, tmp_path, name: str) -> None:
+        """With a folder to write to, each write may be asked for, in either way."""
+        by_argument = Config(**ENABLED, spool_dir=tmp_path, **{name: True})
+        set_variables(monkeypatch, {}, spool_dir=str(tmp_path), **{name: "yes"})
+        by_variable = Config(**ENABLED)
+
+        assert getattr(by_argument, name) is True
+        assert by_argument == by_variable
+
+    def test_the_spool_stays_where_it_is(self, monkeypatch, tmp_path) -> None:
+        """A relative path is of the folder that the process is in now."""
+        monkeypatch.chdir(tmp_path)
+        config = Config(**ENABLED, spool_dir="var/spool")
+        monkeypatch.chdir("/")
+
+        assert str(tmp_path / "var" / "spool") == config.spool_dir
+
+    def test_settings_alone_make_no_folder(self, tmp_path) -> None:
+        """The folder is made by the client, not by its settings."""
+        Config(**ENABLED, spool_dir=tmp_path / "spool")
+
+        assert [] == list(tmp_path.iterdir())
 
     def test_the_metadata_is_a_copy(self) -> None:
         """What the caller changes afterwards changes no setting."""
@@ -449,6 +510,23 @@ class TestBadValues:
         """No event may be larger than a batch."""
         with pytest.raises(ConfigError, match=r"\(got 5,000 and 4,000\)"):
             Config(**ENABLED, max_event_bytes=5_000, max_batch_bytes=4_000)
+
+    @pytest.mark.parametrize("name", ["spool_each_event", "spool_fsync"])
+    def test_what_needs_a_spool(self, name: str) -> None:
+        """Writes of a kind that are asked for need a folder to write to."""
+        with pytest.raises(ConfigError) as caught:
+            Config(**ENABLED, **{name: True})
+
+        start = f"setting `{name}` needs `spool_dir` (got none). "
+        assert str(caught.value).startswith(start)
+
+    def test_a_spool_holds_several_batches(self, tmp_path) -> None:
+        """What has no room for a few batches is no spool."""
+        options = {**ENABLED, "spool_dir": tmp_path, "max_batch_bytes": 500_000}
+        with pytest.raises(ConfigError, match=r"\(got 3,999,999 and 500,000\)"):
+            Config(**options, max_spool_bytes=3_999_999)
+
+        assert Config(**options, max_spool_bytes=4_000_000).max_spool_bytes == 4_000_000
 
     def test_a_file_that_cannot_be_written(self, monkeypatch, tmp_path) -> None:
         """A file without the right to write is refused at once."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import re
+from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import pytest
 from harness import ProductGraph, Server, run_script
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -32,17 +34,8 @@ NEEDS = {
 Event = dict[str, Any]
 
 
-@pytest.fixture(name="server")
-def _server() -> Iterator[Server]:
-    with Server(ProductGraph("v0.3.0")) as server:
-        yield server
-
-
 def run(name: str, **variables: str) -> str:
     """Run an example to its end, and return what it printed."""
-    for package in NEEDS[name]:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
     env = {f"PRODUCTGRAPH_{key.upper()}": value for key, value in variables.items()}
     done = run_script(EXAMPLES / f"{name}.py", env=env)
 
@@ -50,14 +43,53 @@ def run(name: str, **variables: str) -> str:
     return done.stdout
 
 
-def run_against(server: Server, name: str) -> list[Event]:
-    """Run an example that sends to *server*, and return what the server took."""
-    run(name, endpoint=server.url, project_id="proj_of_the_test")
-    sent = [event for request in server.requests for event in request.events or ()]
+def run_switched_off(name: str) -> tuple[str, int]:
+    """Run an example with pgtrack off; return what it printed, and what it sent."""
+    with Server(ProductGraph("v0.3.0")) as server:
+        printed = run(name, enabled="false", endpoint=server.url)
+        return printed, len(server.requests)
 
-    assert sent == server.events
+
+def run_against_a_server(name: str) -> list[Event]:
+    """Run an example that sends to a server, and return what the server took."""
+    with Server(ProductGraph("v0.3.0")) as server:
+        run(name, endpoint=server.url, project_id="proj_of_the_test")
+        sent = [event for request in server.requests for event in request.events or ()]
+
+        assert sent == server.events
     assert {"proj_of_the_test"} == {event["product_id"] for event in sent}
     return sent
+
+
+@functools.cache
+def runs_of(name: str) -> list[futures.Future[Any]]:
+    """Run an example once in each way, side by side, for all tests that look at it."""
+    ways = (run, run_switched_off, run_against_a_server)
+    with futures.ThreadPoolExecutor(len(ways)) as pool:
+        return [pool.submit(way, name) for way in ways]
+
+
+def run_of(name: str, way: int) -> Any:
+    """Return what a run has led to, or raise what it failed with."""
+    for package in NEEDS[name]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    return runs_of(name)[way].result()
+
+
+def printed_by(name: str) -> str:
+    """Return what an example prints without any variable."""
+    return run_of(name, 0)
+
+
+def printed_and_sent_switched_off(name: str) -> tuple[str, int]:
+    """Return what an example prints and how many requests it sends, pgtrack off."""
+    return run_of(name, 1)
+
+
+def sent_by(name: str) -> list[Event]:
+    """Return the events of an example, as the server took them."""
+    return run_of(name, 2)
 
 
 def summary(event: Event) -> tuple[Any, ...]:
@@ -96,7 +128,7 @@ def test_every_example_is_listed() -> None:
 @pytest.mark.parametrize("name", NEEDS)
 def test_examples_print_their_events_unasked(name: str) -> None:
     """Without any variable an example prints one line for each event."""
-    printed = run(name)
+    printed = printed_by(name)
     lines = re.findall(
         r"^\d\d:\d\d:\d\d\.\d{3}  \S+ +[a-z]+\S*  ", printed, re.MULTILINE
     )
@@ -107,17 +139,17 @@ def test_examples_print_their_events_unasked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_examples_work_with_pgtrack_switched_off(name: str, server: Server) -> None:
+def test_examples_work_with_pgtrack_switched_off(name: str) -> None:
     """`PRODUCTGRAPH_ENABLED=false` leaves the example itself as it is."""
-    printed = run(name, enabled="false", endpoint=server.url)
+    printed, requests = printed_and_sent_switched_off(name)
 
     assert re.search(r"\b0 (?:events )?emitted", printed)
-    assert [] == server.requests
+    assert 0 == requests
 
 
-def test_script(server: Server) -> None:
+def test_script() -> None:
     """The script tells a session, a journey, and an error without its secrets."""
-    events = run_against(server, "script")
+    events = sent_by("script")
 
     message = "card [redacted] declined, receipt goes to [redacted]"
     assert {
@@ -140,7 +172,7 @@ def test_script(server: Server) -> None:
 
 def test_script_explains_itself() -> None:
     """The script shows the secret where it was raised, and a ledger that adds up."""
-    printed = run("script")
+    printed = printed_by("script")
 
     assert "the caller caught:  card 4000 0000 0000 0002 declined" in printed
     assert 1 == printed.count("4000 0000 0000 0002")
@@ -155,9 +187,9 @@ BOUGHT = [
 ]
 
 
-def test_checkout_service(server: Server) -> None:
+def test_checkout_service() -> None:
     """Each request's steps, errors and status stand in its browser's session."""
-    events = run_against(server, "checkout_service")
+    events = sent_by("checkout_service")
 
     sessions = by_session(events)
     (fresh,) = set(sessions) - {f"sess_frontend_{v}" for v in ("ann", "ben", "cho")}
@@ -184,9 +216,9 @@ def test_checkout_service(server: Server) -> None:
     assert fresh.startswith("srv-")
 
 
-def test_checkout_service_keeps_requests_and_users_apart(server: Server) -> None:
+def test_checkout_service_keeps_requests_and_users_apart() -> None:
     """Each event has the request id and the user of its own session."""
-    events = run_against(server, "checkout_service")
+    events = sent_by("checkout_service")
 
     found = {
         (e["session.id"], e["user.id"], e["metadata"]["request_id"])
@@ -200,9 +232,9 @@ def test_checkout_service_keeps_requests_and_users_apart(server: Server) -> None
     assert events == sorted(events, key=lambda event: event["event.timestamp"])
 
 
-def test_checkout_service_fails_in_the_journey(server: Server) -> None:
+def test_checkout_service_fails_in_the_journey() -> None:
     """An error in a step names the journey and the step it kept from completing."""
-    events = run_against(server, "checkout_service")
+    events = sent_by("checkout_service")
 
     assert [("checkout_flow", "payment_confirmed", "Payment Confirmed")] * 2 == [
         tuple(e[f"gen_ai.journey.{key}"] for key in ("id", "step.id", "step.name"))
@@ -213,7 +245,7 @@ def test_checkout_service_fails_in_the_journey(server: Server) -> None:
 
 def test_checkout_service_prints_session_by_session() -> None:
     """What is printed between two headlines belongs to one session."""
-    printed = run("checkout_service")
+    printed = printed_by("checkout_service")
     blocks = [block.splitlines() for block in printed.strip().split("\n\n")]
     sessions = [
         {line.split()[1] for line in lines if re.match(r"\d\d:", line)}
@@ -226,7 +258,7 @@ def test_checkout_service_prints_session_by_session() -> None:
 
 def test_checkout_service_echoes_request_ids() -> None:
     """The answer carries the request's own id, or the one that was made for it."""
-    printed = run("checkout_service")
+    printed = printed_by("checkout_service")
     echoed = re.findall(r"answered (\d+) to request (\S+)", printed)
 
     *given, (_, made) = echoed
@@ -247,9 +279,9 @@ INVOICED = [
 ]
 
 
-def test_batch_job(server: Server) -> None:
+def test_batch_job() -> None:
     """Each row is a session of its own, and a bad one costs none but itself."""
-    events = run_against(server, "batch_job")
+    events = sent_by("batch_job")
 
     abandoned = ("journey_conversion", "abandoned")
     negative = "the amount must be positive (got -15.00)"
@@ -272,9 +304,9 @@ def test_batch_job(server: Server) -> None:
     assert {"rows": 10, "failed": 3, "source": "backend"} == events[-1]["metadata"]
 
 
-def test_batch_job_goes_on_with_the_sessions_of_its_file(server: Server) -> None:
+def test_batch_job_goes_on_with_the_sessions_of_its_file() -> None:
     """Sessions come from the file; those that are missing or no ids are made anew."""
-    events = run_against(server, "batch_job")
+    events = sent_by("batch_job")
 
     sessions = {e["metadata"].get("order"): e["session.id"] for e in events}
     assert "sess-mm8wlgo0-4f1c9a2e" == sessions["A-1001"]
@@ -285,7 +317,7 @@ def test_batch_job_goes_on_with_the_sessions_of_its_file(server: Server) -> None
 
 def test_batch_job_ends_with_its_numbers() -> None:
     """The last lines have the rows, the events, and what was adjusted."""
-    printed = run("batch_job")
+    printed = printed_by("batch_job")
 
     assert [
         "10 orders, 3 of them failed.",
@@ -294,9 +326,9 @@ def test_batch_job_ends_with_its_numbers() -> None:
     ] == printed.splitlines()[-3:]
 
 
-def test_celery_worker(server: Server) -> None:
+def test_celery_worker() -> None:
     """What the worker does, retries and a failure too, is in the customer's session."""
-    events = run_against(server, "celery_worker")
+    events = sent_by("celery_worker")
 
     sessions = by_session(events)
     (fresh,) = set(sessions) - {"sess_frontend_ann", "sess_frontend_ben"}
@@ -316,9 +348,9 @@ def test_celery_worker(server: Server) -> None:
     assert {"u_ann", "u_ben", None} == {event.get("user.id") for event in events}
 
 
-def test_httpbin_instrumented(server: Server) -> None:
+def test_httpbin_instrumented() -> None:
     """Routes, statuses and sessions of an application that knows nothing of pgtrack."""
-    events = run_against(server, "httpbin_instrumented")
+    events = sent_by("httpbin_instrumented")
 
     assert {
         "sess_frontend_ann": [("GET", "/get", 200), ("POST", "/post", 200)],
@@ -337,9 +369,9 @@ def test_httpbin_instrumented(server: Server) -> None:
     assert 50 <= delay["api.duration_ms"]
 
 
-def test_flask_app(server: Server) -> None:
+def test_flask_app() -> None:
     """Routes, steps, errors and a stream, each in the session of its visitor."""
-    events = run_against(server, "flask_app")
+    events = sent_by("flask_app")
 
     sessions = by_session(events)
     (fresh,) = set(sessions) - {"sess_frontend_ann", "sess_frontend_ben"}
@@ -372,7 +404,7 @@ def test_flask_app(server: Server) -> None:
 
 def test_flask_app_echoes_request_ids() -> None:
     """Each answer has the id of its request, the 500 that Flask makes included."""
-    printed = run("flask_app")
+    printed = printed_by("flask_app")
     echoed = re.findall(r"answered (\d+) to request (\S+)", printed)
 
     assert ["200", "201", "404", "500", "402", "200", "200"] == [s for s, _ in echoed]
@@ -384,9 +416,9 @@ def test_flask_app_echoes_request_ids() -> None:
     ]
 
 
-def test_django_app(server: Server) -> None:
+def test_django_app() -> None:
     """Routes, steps, errors and a stream of Django, in the sessions of its visitors."""
-    events = run_against(server, "django_app")
+    events = sent_by("django_app")
 
     sessions = by_session(events)
     (fresh,) = set(sessions) - {f"sess_frontend_{v}" for v in ("ann", "ben", "cho")}
@@ -420,7 +452,7 @@ def test_django_app(server: Server) -> None:
 
 def test_django_app_echoes_request_ids() -> None:
     """Each answer has the id that its event was told with, also that of a 500."""
-    printed = run("django_app")
+    printed = printed_by("django_app")
     echoed = re.findall(r"answered (\d+) to request (\S+)", printed)
 
     assert ["200", "201", "404", "500", "403", "200"] == [s for s, _ in echoed]
@@ -428,9 +460,9 @@ def test_django_app_echoes_request_ids() -> None:
     assert [request_id[-8:] for _, request_id in echoed] == told
 
 
-def test_two_services(server: Server) -> None:
+def test_two_services() -> None:
     """Both services tell their part of a visit in one session and one request."""
-    events = run_against(server, "two_services")
+    events = sent_by("two_services")
 
     assert {
         "sess_frontend_ann": [
@@ -451,6 +483,6 @@ def test_two_services(server: Server) -> None:
 
 def test_two_services_tell_no_third_party() -> None:
     """The third party, which is not listed, hears nothing."""
-    printed = run("two_services")
+    printed = printed_by("two_services")
 
     assert 2 == printed.count("the carrier was told nothing")

@@ -12,7 +12,9 @@ import gzip
 import http.client
 import json
 import os
+import select
 import socket
+import ssl
 import struct
 import subprocess
 import threading
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
+import trustme
 
 from harness import (
     VERSIONS,
@@ -35,16 +38,25 @@ from harness import (
     drip,
     drop,
     endless,
+    endless_header,
     garbage,
     hang,
+    hang_up,
+    ignore,
     in_fork,
+    interim,
+    leave,
     load_vectors,
     poison,
     redirect,
+    reject,
+    reset,
     run_script,
+    sip,
     start_together,
     status,
 )
+from harness import server as server_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -997,7 +1009,7 @@ class TestServer:
         """
         A connection that cannot be accepted leaves the server to the next one.
         """
-        create = socket.create_server
+        reserve = server_module._reserve
         errors = [ConnectionAbortedError(), OSError(errno.EMFILE, "no more")]
 
         class Listener(socket.socket):
@@ -1007,9 +1019,9 @@ class TestServer:
                 return super().accept()
 
         monkeypatch.setattr(
-            socket,
-            "create_server",
-            lambda *args, **options: Listener(fileno=create(*args, **options).detach()),
+            server_module,
+            "_reserve",
+            lambda address: Listener(fileno=reserve(address).detach()),
         )
 
         with Server() as server, closing(Client(server)) as client:
@@ -1088,6 +1100,137 @@ class TestServer:
         done = run_script(source, tests, env={"PYTHONWARNINGS": "always"})
 
         assert (0, "", "") == (done.returncode, done.stdout, done.stderr)
+
+
+class TestDoor:
+    """
+    A server's port refuses, is jammed, or leads to it, and stays the same.
+    """
+
+    def test_not_open(self) -> None:
+        """
+        A server that is not open refuses, until it is.
+        """
+        with Server(is_open=False) as server, closing(Client(server)) as client:
+            with pytest.raises(ConnectionRefusedError):
+                client.post(EVENT)
+            client.close()
+            server.open()
+
+            assert (202, ACCEPTED) == client.post(EVENT)
+            server.open()
+            assert (202, ACCEPTED) == client.post(EVENT)
+
+        assert 2 == len(server.events)
+
+    def test_shut(self, server: Server, client: Client) -> None:
+        """
+        Shutting ends connections and refuses; what was stored is still there.
+        """
+        for _ in range(3):
+            assert (202, ACCEPTED) == client.post(EVENT)
+            server.shut()
+            with pytest.raises(ConnectionError):
+                client.post(EVENT)
+            client.close()
+            with pytest.raises(ConnectionRefusedError):
+                client.post(EVENT)
+            client.close()
+            server.open()
+
+        assert [EVENT] * 3 == server.events
+
+    def test_close_while_shut(self) -> None:
+        """
+        A server that is not open closes as any, and twice.
+        """
+        server = Server(is_open=False)
+        server.close()
+        server.close()
+
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(server.address, timeout=PATIENCE)
+
+    def test_jam(self) -> None:
+        """
+        Nobody gets through a full backlog; once it is open, whoever waits does.
+        """
+        with Server(is_open=False) as server, socket.socket() as waiting:
+            server.jam()
+            waiting.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                waiting.connect(server.address)
+            waiting.setblocking(False)
+            waiting.connect_ex(server.address)
+            assert ([], [], []) == select.select([], [waiting], [], 0.1)
+            server.open()
+            waiting.settimeout(PATIENCE)
+
+            with closing(Client(server)) as client:
+                assert (202, ACCEPTED) == client.post(EVENT)
+            waiting.connect_ex(server.address)
+            waiting.sendall(raw_request(batch(EVENT), "Connection: close"))
+            assert waiting.recv(100).startswith(b"HTTP/1.1 202")
+
+    def test_close_while_jammed(self) -> None:
+        """
+        A server that is jammed closes as any.
+        """
+        with Server(is_open=False) as server:
+            server.jam()
+
+
+class TestTls:
+    """
+    A server speaks TLS if it has a context.
+    """
+
+    @staticmethod
+    def post(server: Server, authority: trustme.CA) -> bytes:
+        """
+        Return what a client gets that trusts an authority.
+        """
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        connection = socket.create_connection(server.address, PATIENCE)
+        with context.wrap_socket(connection, server_hostname="127.0.0.1") as secured:
+            secured.sendall(raw_request(batch(EVENT), "Connection: close"))
+            with secured.makefile("rb") as reader:
+                return reader.read()
+
+    def test_tls(self) -> None:
+        """
+        Who trusts its authority is served, and who does not leaves.
+        """
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        with Server(tls=context) as server:
+            assert server.url.startswith("https://127.0.0.1:")
+            with pytest.raises(ssl.SSLCertVerificationError):
+                self.post(server, trustme.CA())
+
+            assert self.post(server, authority).endswith(ACCEPTED)
+            assert self.post(server, authority).endswith(ACCEPTED)
+
+        assert [EVENT] * 2 == server.events
+
+    def test_no_tls(self) -> None:
+        """
+        Who speaks plainly to it is nobody's error, and closing ends who hangs.
+        """
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        with (
+            Server(tls=context) as server,
+            socket.create_connection(server.address, PATIENCE) as silent,
+        ):
+            converse(server, raw_request(batch(EVENT)))
+            assert [] == server.requests
+            server.close()
+
+            assert b"" == silent.recv(1)
 
 
 class TestFaults:
@@ -1182,6 +1325,30 @@ class TestFaults:
         assert [] == server.events
         assert [EVENT] == server.requests[0].events
 
+    def test_reset(self, server: Server, client: Client) -> None:
+        """
+        The connection ends by RST; the request was read, and not stored.
+        """
+        server.script = [reset()]
+
+        with pytest.raises(ConnectionResetError):
+            client.post(EVENT)
+
+        assert [] == server.events
+        assert [EVENT] == server.requests[0].events
+
+    def test_leave(self, server: Server) -> None:
+        """
+        The answer is whole and promises to go on, but the connection ends.
+        """
+        server.script = [leave()]
+
+        answer = converse(server, raw_request(batch(EVENT)))
+
+        assert answer.endswith(ACCEPTED)
+        assert b"close" not in answer.lower()
+        assert [EVENT] == server.events
+
     @pytest.mark.parametrize("after", [0, 1, 20, 100])
     def test_cut(self, server: Server, after: int) -> None:
         """
@@ -1269,6 +1436,30 @@ class TestFaults:
 
         assert 0 <= received - 64 * 1024 * 1024 < 100
 
+    def test_endless_header(self, server: Server) -> None:
+        """
+        A header goes on up to its limit, and the answer has no body.
+        """
+        server.script = [endless_header(limit=100_000)]
+
+        answer = converse(server, raw_request(b""))
+
+        assert answer.startswith(b"HTTP/1.1 202 Accepted\r\nX-Endless: xxx")
+        assert 100_000 == answer.count(b"x")
+        assert b"\r\n\r\n" not in answer
+
+    def test_interim(self, server: Server) -> None:
+        """
+        Nothing but answers that are not final come, up to the limit.
+        """
+        server.script = [interim(limit=28 * 2_500)]
+
+        answer = converse(server, raw_request(b""))
+
+        whole = b"HTTP/1.1 102 Processing\r\n\r\n"
+        assert 70_000 == len(answer)
+        assert whole * 3_000 == answer + (whole * 3_000)[len(answer) :]
+
     def test_redirect(self, server: Server, client: Client) -> None:
         """
         The client is sent elsewhere.
@@ -1291,6 +1482,96 @@ class TestFaults:
         assert (400, REFUSED) == client.post(EVENT, bad)
         assert (202, ACCEPTED) == client.post(EVENT)
         assert [EVENT] == server.events
+
+    def test_reject(self, server: Server, client: Client) -> None:
+        """
+        A batch is taken but for some events, which the answer lists with their places.
+        """
+        bad = event(event_id="bad")
+        server.default = reject(lambda sent: sent["event_id"] == "bad", "wrong")
+
+        code, body = client.post(EVENT, bad, EVENT)
+
+        assert (202, 2, 1) == (
+            code,
+            json.loads(body)["accepted"],
+            json.loads(body)["rejected"],
+        )
+        assert [{"index": 1, "error": "wrong"}] == json.loads(body)["errors"]
+        assert [EVENT, EVENT] == server.events
+        assert b"bad" not in body
+
+    def test_reject_of_no_batch(self, server: Server) -> None:
+        """
+        What is no batch is refused as ever.
+        """
+        server.script = [reject(lambda _: True)]
+
+        answer = converse(server, raw_request(b"{", "Connection: close"))
+
+        assert answer.endswith(REFUSED)
+
+    def test_ignore(self, server: Server) -> None:
+        """
+        A connection is read only when the event is set.
+        """
+        until = threading.Event()
+        server.welcome = ignore(until)
+        with closing(Client(server)) as client:
+            client.send(EVENT)
+            assert not server.wait_for_requests(1, 0.05)
+            until.set()
+
+            assert (202, ACCEPTED) == client.receive()
+
+    @pytest.mark.parametrize("size", [1, 7])
+    def test_sip(self, server: Server, size: int) -> None:
+        """
+        What comes is read a few bytes at a time, with a wait before each time.
+        """
+        gaps = []
+        server.welcome = sip(0.0001, size)
+        waited = server.wait
+        server.wait = lambda gap: (gaps.append(gap), waited(gap))
+        request = raw_request(batch(EVENT), "Connection: close")
+
+        answer = converse(server, request)
+
+        assert answer.endswith(ACCEPTED)
+        assert len(request) // size <= len(gaps)
+        assert {0.0001} == set(gaps)
+
+    @pytest.mark.parametrize("is_reset", [False, True])
+    def test_hang_up(self, server: Server, client: Client, is_reset: bool) -> None:
+        """
+        A connection ends as soon as it is there, and nothing is read.
+        """
+        server.welcome = hang_up(is_reset=is_reset)
+        with pytest.raises(ConnectionError):
+            client.post(EVENT)
+
+        def come() -> bytes:
+            with socket.create_connection(server.address, PATIENCE) as connection:
+                return connection.recv(1)
+
+        if is_reset:
+            with pytest.raises(ConnectionResetError):
+                come()
+        else:
+            assert b"" == come()
+        assert [] == server.requests
+
+    def test_failing_welcome(self) -> None:
+        """
+        What a welcome raises comes out of `close`.
+        """
+        server = Server()
+        server.welcome = lambda _: 1 / 0
+        with socket.create_connection(server.address, PATIENCE) as connection:
+            assert b"" == connection.recv(1)
+
+        with pytest.raises(ZeroDivisionError):
+            server.close()
 
     def test_wire(self, server: Server) -> None:
         """

@@ -128,26 +128,32 @@ class TestLedger:
         """What was counted is what stats say, under the names of the promise."""
         ledger = Ledger()
         ledger.emitted.add(9)
+        ledger.recovered.add(6)
         ledger.delivered.add(4)
+        ledger.spooled.add(6)
         ledger.pending.add(2)
         ledger.reject("bad")
         ledger.drop("queue_full", 2)
         ledger.batches.add(1)
         ledger.retries.add(3)
         ledger.sent_bytes.add(100)
+        ledger.spool_errors.add(5)
         ledger.last_error = "503"
         ledger.last_success_ns = 1_772_439_300_500_000_000
 
         stats = ledger.stats()
         expected = Stats(
             emitted=9,
+            recovered=6,
             delivered=4,
+            spooled=6,
             pending=2,
             rejected={"bad": 1},
             dropped={"queue_full": 2},
             batches=1,
             retries=3,
             sent_bytes=100,
+            spool_errors=5,
             last_error="503",
             last_success=datetime(2026, 3, 2, 8, 15, 0, 500_000, tzinfo=timezone.utc),
         )
@@ -170,7 +176,9 @@ class TestLedger:
     def test_a_child_starts_from_zero(self) -> None:
         """After a reset the ledger is as new."""
         ledger = Ledger()
-        ledger.emitted.add(1)
+        for counter in vars(ledger).values():
+            if isinstance(counter, Tally):
+                counter.add(1)
         ledger.drop("closed")
         ledger.adjust("field")
         ledger.reject("bad")
@@ -232,6 +240,9 @@ class TestStats:
             ({"emitted": 1}, False),
             ({"emitted": 1, "pending": 1}, True),
             ({"recovered": 2, "spooled": 2}, True),
+            ({"recovered": 2, "spooled": 1}, False),
+            ({"emitted": 1, "spooled": 1, "spool_errors": 3}, True),
+            ({"emitted": 1, "recovered": 1, "delivered": 1, "spooled": 1}, True),
             ({"emitted": 3, "rejected": {"a": 1, "b": 2}}, True),
             ({"emitted": 3, "dropped": {"closed": 2}, "delivered": 1}, True),
             ({"emitted": 3, "dropped": {"closed": 2}, "delivered": 2}, False),
@@ -257,23 +268,32 @@ class TestStats:
             batches=6,
             retries=7,
             sent_bytes=8,
+            spool_errors=9,
             last_error="one",
             last_success=late,
         )
-        two = Stats(emitted=1, rejected={"a": 1, "b": 1}, last_success=early)
+        two = Stats(
+            emitted=1,
+            recovered=10,
+            rejected={"a": 1, "b": 1},
+            spooled=20,
+            spool_errors=30,
+            last_success=early,
+        )
 
         expected = Stats(
             emitted=2,
-            recovered=2,
+            recovered=12,
             delivered=3,
             rejected={"a": 2, "b": 1},
             dropped={"closed": 1},
-            spooled=4,
+            spooled=24,
             pending=5,
             adjusted={"field": 1},
             batches=6,
             retries=7,
             sent_bytes=8,
+            spool_errors=39,
             last_error="one",
             last_success=late,
         )
@@ -288,6 +308,9 @@ class TestStats:
         """Stats pickle and copy, and stay what they are."""
         ledger = Ledger()
         ledger.emitted.add(1)
+        ledger.recovered.add(2)
+        ledger.spooled.add(2)
+        ledger.spool_errors.add(3)
         ledger.drop("closed")
         stats = ledger.stats()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -40,10 +40,27 @@ def poisoned(*poison: int) -> Endpoint:
     return lambda events: REFUSED if bad & set(events) else TAKEN
 
 
+class File:
+    """A file of the spool, as far as the line knows it."""
+
+    def __init__(self, ledger: Ledger, count: int) -> None:
+        self._ledger = ledger
+        self.left = count
+        self.is_expired = False
+
+    def release(self) -> None:
+        """Count an event as ended; never more than there are."""
+        assert self.left > 0
+        self.left -= 1
+        self._ledger.spooled.add(-1)
+
+
 class Bench:
     """A line, an endpoint, and a clock that moves by waiting."""
 
-    def __init__(self, retry_for: float = 300.0, jitter: float = 1.0) -> None:
+    def __init__(
+        self, retry_for: float = 300.0, jitter: float = 1.0, probe_size: int = 50
+    ) -> None:
         self.now = 1000.0
         self.ledger = Ledger()
         self.released: list[int] = []
@@ -52,13 +69,17 @@ class Bench:
             release=self._release,
             policy=RetryPolicy(jitter=lambda: jitter),
             retry_for=retry_for,
+            probe_size=probe_size,
         )
         self.attempts: list[tuple[float, list[bytes]]] = []
         self.taken: list[bytes] = []
 
-    def _release(self, size: int) -> None:
-        self.released.append(size)
-        self.ledger.pending.add(-1)
+    def _release(self, hold: Any) -> None:
+        if isinstance(hold, File):
+            hold.release()
+        else:
+            self.released.append(hold)
+            self.ledger.pending.add(-1)
 
     def add(self, *batches: Iterable[bytes]) -> None:
         """Append a parcel for each batch."""
@@ -67,6 +88,23 @@ class Bench:
             self.ledger.emitted.add(len(events))
             self.ledger.pending.add(len(events))
             self.line.extend([Parcel(events, [100] * len(events))])
+
+    def add_file(self, events: Sequence[bytes], max_bytes: int = 10_000) -> File:
+        """Append what was read of a file of the spool."""
+        file = File(self.ledger, len(events))
+        self.ledger.recovered.add(len(events))
+        self.ledger.spooled.add(len(events))
+        pairs: list[Any] = [(event, file) for event in events]
+        self.line.extend(pack(pairs, max_bytes))
+        return file
+
+    def rest(self) -> File:
+        """Have what is in memory on disk, as the outbox does."""
+        events = self.line.in_memory
+        file = File(self.ledger, len(events))
+        self.line.rest_in(file)  # type: ignore[arg-type]
+        self.ledger.spooled.add(len(events))
+        return file
 
     def attempt(self, endpoint: Endpoint) -> float:
         """Send what is next, at once, and return how long the line waits then."""
@@ -108,7 +146,7 @@ class TestPack:
         """Few events are one parcel, in order, with their sizes."""
         (parcel,) = pack([(b"1", 10), (b"22", 20)], 1000)
 
-        assert ([b"1", b"22"], [10, 20]) == (parcel.events, parcel.sizes)
+        assert ([b"1", b"22"], [10, 20]) == (parcel.events, parcel.holds)
 
     @pytest.mark.parametrize(("max_bytes", "parcels"), [(53, 1), (52, 2), (33, 2)])
     def test_the_bound_is_of_the_request(self, max_bytes, parcels) -> None:
@@ -127,6 +165,12 @@ class TestPack:
 
         assert [1, 1, 1] == [len(parcel) for parcel in packed]
 
+    def test_a_request_has_a_thousand_events_at_most(self) -> None:
+        """However small they are, the endpoint takes no more."""
+        packed = pack(((event, 1) for event in numbered(2500)), 1_000_000)
+
+        assert [1000, 1000, 500] == [len(parcel) for parcel in packed]
+
     def test_nothing_makes_no_parcel(self) -> None:
         """Without events there is no parcel."""
         assert [] == list(pack([], 1000))
@@ -137,7 +181,7 @@ class TestPack:
         events = [(b"x" * n, i) for i, n in enumerate(lengths)]
         packed = list(pack(events, max_bytes))
 
-        assert list(range(len(events))) == [s for p in packed for s in p.sizes]
+        assert list(range(len(events))) == [s for p in packed for s in p.holds]
         for parcel in packed:
             body = b'{"events":[' + b",".join(parcel.events) + b"]}"
             assert len(parcel) == 1 or len(body) <= max_bytes
@@ -245,7 +289,7 @@ class TestRetry:
 
         bench.run(endpoint)
 
-        assert [0.0, 60.5, 61.5] == bench.times
+        assert [0.0, 72.0, 73.0] == bench.times
         assert [False, True, False] == told
 
     def test_a_parcel_is_given_up_in_time(self) -> None:
@@ -267,7 +311,7 @@ class TestRetry:
         bench.add(numbered(1))
         bench.run(lambda _: Answer(verdict=Verdict.RETRY, retry_after=60.0))
 
-        assert [0.0, 60.5] == bench.times
+        assert [0.0, 72.0] == bench.times
 
     def test_each_parcel_has_its_own_time(self) -> None:
         """A parcel's time begins with its own first try."""
@@ -710,3 +754,357 @@ class TestGivingUp:
         )
         assert stats.is_balanced
         assert not bench.line
+
+
+class TestOnDisk:
+    """Parcels that rest on disk as well: memory is free, and the file waits."""
+
+    def test_with_the_last_event_the_file_has_served(self) -> None:
+        """What is taken moves from `spooled` to `delivered`, event by event."""
+        bench = Bench()
+        file = bench.add_file(numbered(3))
+        bench.run(lambda _: Answer(verdict=Verdict.TAKEN, rejected={1: "bad"}))
+
+        stats = bench.ledger.stats()
+        assert (2, {"bad": 1}, 0) == (stats.delivered, stats.rejected, stats.spooled)
+        assert stats.is_balanced
+        assert 0 == file.left
+        assert [] == bench.released
+
+    @pytest.mark.parametrize(
+        "endpoint",
+        [
+            lambda events: TOO_LARGE if len(events) > 3 else TAKEN,
+            lambda events: TOO_LARGE if b"5" in events else TAKEN,
+            poisoned(5),
+            poisoned(*range(1, 100, 2)),
+            poisoned(*range(100)),
+            lambda _: REJECTED,
+            lambda _: LOST,
+        ],
+        ids=["halved", "one large", "one bad", "half", "all", "rejected", "lost"],
+    )
+    def test_each_event_leaves_its_file_once(self, endpoint) -> None:
+        """However parcels are split and whatever their end: the file is told once."""
+        bench = Bench()
+        file = bench.add_file(numbered(100), 150)
+        bench.run(endpoint, 0.0)
+        bench.run(poisoned(*range(10)), 60.0)
+
+        stats = bench.ledger.stats()
+        assert (0, 0, True) == (file.left, stats.spooled, stats.is_balanced)
+        assert 1 == max([1, *Counter(bench.taken).values()])
+
+    def test_the_search_may_run_out_of_its_budget(self) -> None:
+        """What is rejected whole leaves the file as well."""
+        bench = Bench()
+        file = bench.add_file(numbered(1000))
+        bench.run(poisoned(*range(1, 1000, 2)))
+
+        stats = bench.ledger.stats()
+        assert stats.rejected["400 bad (not isolated)"] > 0
+        assert (0, 0, True) == (file.left, stats.spooled, stats.is_balanced)
+
+    def test_retries_go_on(self) -> None:
+        """`retry_for` is for what is in memory alone; a file has its own age."""
+        bench = Bench(retry_for=20.0)
+        file = bench.add_file(numbered(3))
+        bench.add(numbered(2, 3))
+        bench.run(lambda _: RETRY, 10.0)
+        bench.run(lambda _: RETRY, 10_000.0)
+        before = bench.ledger.stats()
+        bench.run(lambda _: TAKEN, 60.0)
+
+        assert ({}, 3, 2) == (before.dropped, before.spooled, before.pending)
+        assert (numbered(5), 0) == (bench.taken, file.left)
+
+    def test_a_file_does_not_shorten_the_wait(self) -> None:
+        """One last attempt before `retry_for` ends is for what is in memory."""
+        bench = Bench(retry_for=2.0)
+        bench.add_file(numbered(3))
+        bench.run(lambda _: RETRY, 100.0)
+
+        expected = [0.0, 0.5, 1.5, 3.5, 7.5, 15.5, 31.5, 61.5, 91.5]
+        assert expected == bench.times
+
+    def test_what_was_tried_and_rests_now_is_not_given_up(self) -> None:
+        """A parcel that came to rest lives by the age of its file."""
+        bench = Bench(retry_for=20.0)
+        bench.add(numbered(3))
+        bench.attempt(lambda _: RETRY)
+        file = bench.rest()
+        bench.run(lambda _: RETRY, 100.0)
+
+        assert ({}, 3) == (bench.ledger.stats().dropped, file.left)
+
+    def test_a_file_expires(self) -> None:
+        """A failure finds what has become too old: `spool_expired`, and no other."""
+        bench = Bench()
+        old, young = bench.add_file(numbered(3)), bench.add_file(numbered(2, 3))
+        old.is_expired = True
+        bench.attempt(lambda _: RETRY)
+
+        stats = bench.ledger.stats()
+        assert ({"spool_expired": 3}, 2) == (stats.dropped, stats.spooled)
+        assert (0, 2, True) == (old.left, young.left, stats.is_balanced)
+        bench.run(lambda _: TAKEN)
+        assert numbered(2, 3) == bench.taken
+
+    def test_a_parcel_of_several_files_is_as_old_as_the_youngest(self) -> None:
+        """Events of small files go together; each is released by its own."""
+        bench = Bench()
+        files = [File(bench.ledger, 2), File(bench.ledger, 3)]
+        bench.ledger.recovered.add(5)
+        bench.ledger.spooled.add(5)
+        pairs: list[Any] = [(b"0", files[0]), (b"1", files[0])]
+        pairs += [(event, files[1]) for event in numbered(3, 2)]
+        bench.line.extend(pack(pairs, 1000))
+        files[0].is_expired = True
+        bench.attempt(lambda _: RETRY)
+        bench.attempt(lambda events: TOO_LARGE if len(events) > 3 else TAKEN)
+        bench.attempt(lambda _: TAKEN)
+
+        assert ([0, 2], numbered(3)) == ([file.left for file in files], bench.taken)
+        left: dict[Any, list[bytes]] = {files[1]: numbered(2, 3)}
+        assert left == bench.line.on_disk()
+
+    def test_suspects_expire_with_their_file(self) -> None:
+        """An event put aside as too old for its file is dropped once."""
+        bench = Bench()
+        file = bench.add_file(numbered(20))
+        bench.run(lambda _: REFUSED, 0.0)
+        file.is_expired = True
+        bench.now += 10.0
+        bench.attempt(lambda _: REFUSED)
+
+        stats = bench.ledger.stats()
+        assert ({"spool_expired": 20}, 0) == (stats.dropped, file.left)
+        assert stats.is_balanced
+
+    def test_resting_gives_the_memory_back_once(self) -> None:
+        """Holds are released as the file is there, and not again at the end."""
+        bench = Bench()
+        bench.add(numbered(3), numbered(2, 3))
+        file = bench.rest()
+        released, pending = list(bench.released), bench.ledger.pending.value
+        bench.run(lambda _: TAKEN)
+
+        assert ([100] * 5, 0) == (released, pending)
+        assert ([100] * 5, 0) == (bench.released, file.left)
+        assert bench.ledger.stats().is_balanced
+
+    def test_only_what_is_in_memory_comes_to_rest(self) -> None:
+        """What has a file keeps it; the others are those that are to be written."""
+        bench = Bench()
+        first = bench.add_file(numbered(3))
+        bench.add(numbered(2, 3))
+        in_memory = bench.line.in_memory
+        second = bench.rest()
+
+        assert numbered(2, 3) == in_memory
+        assert {first: numbered(3), second: numbered(2, 3)} == bench.line.on_disk()
+        assert [] == bench.line.in_memory
+
+    def test_suspects_come_to_rest_first(self) -> None:
+        """What was put aside is older than what is left, and is not forgotten."""
+        bench = Bench()
+        bench.add(numbered(1), numbered(1, 1), numbered(3, 2))
+        bench.attempt(lambda _: REFUSED)
+        bench.attempt(lambda _: REFUSED)
+        in_memory = bench.line.in_memory
+        file = bench.rest()
+        bench.run(poisoned(0))
+
+        assert numbered(5) == in_memory
+        stats = bench.ledger.stats()
+        assert ({"400 bad": 2}, 3, 0) == (stats.rejected, stats.delivered, file.left)
+
+    def test_what_has_ended_is_not_listed(self) -> None:
+        """`on_disk` has what is left of each file, in order."""
+        bench = Bench()
+        first, second = bench.add_file(numbered(8)), bench.add_file(numbered(2, 8))
+        answers = iter([TOO_LARGE, TAKEN])
+        bench.attempt(lambda _: next(answers))
+        bench.attempt(lambda _: next(answers))
+
+        left = {first: numbered(4, 4), second: numbered(2, 8)}
+        assert left == bench.line.on_disk()
+
+    def test_giving_up_leaves_files_alone(self) -> None:
+        """At the end of the process, what rests on disk is still `spooled`."""
+        bench = Bench()
+        file = bench.add_file(numbered(3))
+        bench.add(numbered(2, 3))
+        bench.line.give_up("shutdown")
+
+        stats = bench.ledger.stats()
+        assert ({"shutdown": 2}, 3, 3) == (stats.dropped, stats.spooled, file.left)
+        assert (0, True) == (stats.pending, stats.is_balanced)
+        assert not bench.line
+
+    def test_the_line_tells_how_many_wait(self) -> None:
+        """The log has those in memory and those on disk together."""
+        bench = Bench()
+        bench.add_file(numbered(1000))
+        bench.add(numbered(234))
+        bench.attempt(lambda _: RETRY)
+
+        assert "1,234 wait" in _diagnostics._notes["not delivered: retry"][1]
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=1, max_size=5),
+        st.lists(
+            st.sampled_from(["rest", RETRY, HOLD, TOO_LARGE, REFUSED, LOST, REJECTED])
+        ),
+        st.sets(st.integers(0, 60)),
+    )
+    def test_none_is_lost_or_doubled(self, batches, acts, poison) -> None:
+        """Whenever parcels come to rest, and whatever is answered, the sum is right."""
+        bench = Bench(retry_for=15.0)
+        files: list[File] = []
+        count = 0
+        for size, is_file in batches:
+            if is_file:
+                files.append(bench.add_file(numbered(size, count)))
+            else:
+                bench.add(numbered(size, count))
+            count += size
+        for act in acts:
+            if isinstance(act, Answer) and bench.line:
+                bench.now += max(bench.line.wait(bench.now), 0.0)
+                bench.attempt(lambda _, answer=act: answer)  # type: ignore[misc]
+            elif bench.line.in_memory:
+                files.append(bench.rest())
+            assert bench.ledger.stats().is_balanced
+        bench.run(poisoned(*poison), 100.0)
+        bench.add(numbered(1, 1000))
+        bench.run(poisoned(*poison), 1000.0)
+
+        stats = bench.ledger.stats()
+        assert (0, 0, True) == (stats.pending, stats.spooled, stats.is_balanced)
+        assert {0} == {0, *(file.left for file in files)}
+        assert 1 == max(Counter(bench.taken).values())
+
+
+class TestBreaker:
+    """An endpoint that is down is asked with little, and not often."""
+
+    def test_the_probe_is_small(self) -> None:
+        """After three failures in a row a large batch is not sent in vain again."""
+        bench = Bench(probe_size=50)
+        bench.add(numbered(200))
+        bench.run(lambda _: RETRY, 20.0)
+
+        assert [200, 200, 200, 50, 50, 50] == [len(events) for events in bench.batches]
+        assert numbered(50) == bench.batches[-1]
+
+    def test_a_small_batch_stays_whole(self) -> None:
+        """What is no larger than the probe goes as it is."""
+        bench = Bench(probe_size=50)
+        bench.add(numbered(50))
+        bench.run(lambda _: RETRY, 20.0)
+
+        assert {50} == {len(events) for events in bench.batches}
+
+    def test_once_it_answers_all_goes_on(self) -> None:
+        """After the probe was taken, the rest goes in one piece, in order."""
+        bench = Bench(probe_size=50)
+        bench.add(numbered(200), numbered(200, 200))
+        bench.run(lambda _: RETRY, 20.0)
+        before = len(bench.attempts)
+        bench.run(lambda _: TAKEN)
+
+        sizes = [len(events) for events in bench.batches[before:]]
+        assert [50, 150, 200] == sizes
+        assert numbered(400) == bench.taken
+
+    def test_a_probe_keeps_the_time_of_its_parcel(self) -> None:
+        """What was split off the probe is given up with it."""
+        bench = Bench(retry_for=20.0, probe_size=50)
+        bench.add(numbered(200))
+        bench.run(lambda _: RETRY)
+
+        assert {"retry_expired": 200} == bench.ledger.stats().dropped
+        assert 20.0 == bench.times[-1]
+
+    def test_a_probe_of_a_file_stays_in_it(self) -> None:
+        """A file is not done before the rest of it is."""
+        bench = Bench(probe_size=50)
+        file = bench.add_file(numbered(200))
+        bench.run(lambda _: RETRY, 20.0)
+        bench.attempt(lambda _: TAKEN)
+        left = file.left
+        bench.run(lambda _: TAKEN)
+
+        assert (150, 0) == (left, file.left)
+
+    def test_one_that_refuses_everything_is_asked_with_one(self) -> None:
+        """Single events are the best to ask with where all are refused."""
+        bench = Bench(probe_size=2)
+        bench.add(numbered(100))
+        bench.run(lambda _: REFUSED, 100.0)
+
+        late = [events for time, events in bench.attempts if time > 0.0]
+        assert {1} == {len(events) for events in late}
+
+    @pytest.mark.parametrize("answer", [RETRY, HOLD], ids=["retry", "hold"])
+    def test_whoever_is_in_a_hurry_is_served_at_first(self, answer) -> None:
+        """One or two failures do not make an endpoint one that is down."""
+        bench = Bench()
+        bench.add(numbered(1))
+        hurried = []
+        for _ in range(2):
+            bench.attempt(lambda _: answer)
+            hurried.append(bench.line.wait(bench.now, is_hurried=True))
+
+        assert [0.0, 0.0] == hurried
+        assert bench.line.wait(bench.now) > 0.5
+
+    @pytest.mark.parametrize("answer", [RETRY, HOLD], ids=["retry", "hold"])
+    def test_then_once_a_second(self, answer) -> None:
+        """From the third failure on, hurry is honoured a second after the last try."""
+        bench = Bench()
+        bench.add(numbered(1))
+        for _ in range(3):
+            bench.attempt(lambda _: answer)
+        at_once = bench.line.wait(bench.now, is_hurried=True)
+        bench.now += 0.75
+        later = bench.line.wait(bench.now, is_hurried=True)
+        bench.now += 0.25
+        at_last = bench.line.wait(bench.now, is_hurried=True)
+        bench.attempt(lambda _: answer)
+        again = bench.line.wait(bench.now, is_hurried=True)
+
+        assert [1.0, 0.25, 0.0, 1.0] == [at_once, later, at_last, again]
+
+    def test_a_hurry_makes_no_wait_longer(self) -> None:
+        """What is due earlier than that is due."""
+        bench = Bench(jitter=0.125)
+        bench.add(numbered(1))
+        for _ in range(3):
+            bench.attempt(lambda _: RETRY)
+
+        assert 0.25 == bench.line.wait(bench.now, is_hurried=True)
+
+    def test_an_answer_ends_the_caution(self) -> None:
+        """Once something was taken, a hurry is honoured at once again."""
+        bench = Bench()
+        bench.add(numbered(1), numbered(1, 1))
+        for _ in range(5):
+            bench.attempt(lambda _: RETRY)
+        bench.attempt(lambda _: TAKEN)
+        bench.attempt(lambda _: RETRY)
+
+        assert 0.0 == bench.line.wait(bench.now, is_hurried=True)
+
+    @pytest.mark.parametrize("failures", [1, 5])
+    def test_the_endpoints_wish_wins(self, failures) -> None:
+        """A time that the endpoint named is kept, whoever is in a hurry."""
+        bench = Bench()
+        bench.add(numbered(1))
+        wish = Answer(verdict=Verdict.RETRY, reason="429", retry_after=60.0)
+        for _ in range(failures):
+            bench.attempt(lambda _: wish)
+        bench.now += 30.0
+
+        assert bench.line.wait(bench.now, is_hurried=True) > 30.0

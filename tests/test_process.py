@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -10,16 +12,21 @@ import threading
 import time
 import weakref
 from multiprocessing import process, util
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
 
 import pgtrack
 from harness import in_fork, start_together
-from pgtrack import _diagnostics, _process, _transport
+from pgtrack import _diagnostics, _process, _transport, testing
+from pgtrack.typing import Answer, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+RETRY = Answer(verdict=Verdict.RETRY, reason="503")
 
 
 def config_of(**options: object) -> pgtrack.Config:
@@ -41,6 +48,9 @@ class FakeWorker:
         self.is_hurried = False
         self.delivered = 0
         self.is_back = False
+        self.is_closed = False
+        self.rests = 0
+        self.late: list[object] = []
 
     def _call(self, verb: str, timeout: float) -> bool:
         self.calls.append((verb, timeout))
@@ -53,13 +63,24 @@ class FakeWorker:
             raise self.error
         return not self.is_slow
 
-    def flush(self, timeout: float) -> bool:
+    def flush(self, timeout: float, *, may_rest: bool = False) -> bool:
         """Note it."""
+        del may_rest
         return self._call("flush", timeout)
+
+    def rest(self) -> None:
+        """Count it."""
+        self.rests += 1
 
     def close(self, timeout: float) -> bool:
         """Note it."""
+        self.is_closed = True
         return self._call("close", timeout)
+
+    def linger(self, late: object) -> None:
+        """Note it."""
+        self.is_closed = False
+        self.late.append(late)
 
     def hurry(self) -> None:
         """Note it."""
@@ -77,9 +98,12 @@ def _adopt(monkeypatch) -> Callable[..., FakeWorker]:
     """Return a function that makes and adopts a fake worker, among no others."""
     monkeypatch.setattr(_process, "_adopted", {})
 
-    def adopt(*, exit_timeout: float = 0.3, **options: object) -> FakeWorker:
+    def adopt(
+        *, exit_timeout: float = 0.3, spool_dir: object = None, **options: object
+    ) -> FakeWorker:
         worker = FakeWorker(**options)
-        _process.adopt(worker, config_of(exit_timeout=exit_timeout))
+        config = config_of(exit_timeout=exit_timeout, spool_dir=spool_dir)
+        _process.adopt(worker, config)
         return worker
 
     return adopt
@@ -121,7 +145,7 @@ class TestEnd:
         """All are set to work before any is waited for; then each has its own time."""
         workers = [adopt(exit_timeout=5), adopt(exit_timeout=7)]
 
-        _process._close()
+        _process._finish()
 
         (first, close), (_, second) = workers[0].calls, workers[1].calls
         assert ("flush", 0.0) == first
@@ -145,7 +169,7 @@ class TestEnd:
         monkeypatch.setattr(_diagnostics, "reraise", False)
         workers = [adopt(error=ValueError()), adopt(), adopt(error=OSError())]
 
-        _process._close()
+        _process._finish()
 
         verbs = [[verb for verb, _ in worker.calls] for worker in workers]
         assert [["flush", "close"]] * 3 == verbs
@@ -156,7 +180,7 @@ class TestEnd:
 
         started = time.monotonic()
         ends = [_process.deliver(), _process.deliver()]
-        _process._close()
+        _process._finish()
         took = time.monotonic() - started
 
         assert [False, False] == ends
@@ -175,10 +199,296 @@ class TestEnd:
         assert [0.0, _process._LEAST, 0.5] == waits
         assert _process.deliver()
 
+    @pytest.mark.parametrize("is_slow", [False, True])
+    def test_what_is_left_rests(self, adopt, is_slow):
+        """What was not delivered is brought to disk: who is next may end at once."""
+        worker = adopt(is_slow=is_slow)
+
+        _process.deliver()
+
+        assert is_slow == worker.rests
+
+    @pytest.mark.parametrize(
+        ("exit_timeout", "spent", "left"),
+        [(3, 0, 3), (3, 1, 2), (3, 2.9, 0.2), (3, 9, 0.2), (0.1, 1, 0.1), (0, 0, 0)],
+    )
+    def test_what_is_left_of_the_time(self, exit_timeout, spent, left):
+        """What follows on an end gets the rest of its time, and a little at least."""
+        config = config_of(exit_timeout=exit_timeout)
+
+        assert pytest.approx(left) == _process._left(config, spent)
+
     def test_nobody(self, adopt):
         """Without workers the end takes no time."""
-        _process._close()
+        _process._finish()
         _process.deliver()
+
+
+class TestExit:
+    """The exit handler, and the moment at which `atexit` lets go of it."""
+
+    @pytest.fixture(name="exit_")
+    def _exit(self, adopt) -> Iterator[_process._Exit]:
+        """Return an exit handler of which only the test knows."""
+        handler = _process._Exit()
+        yield handler
+        handler._spent = None
+
+    def test_handler(self, adopt, exit_):
+        """It finishes; what is emitted then is kept, and finished in its turn."""
+        worker = adopt()
+        worker.delivered = 1
+
+        exit_()
+        during = worker.calls.copy()
+        exit_.__del__()
+
+        assert ["flush", "close"] == [verb for verb, _ in during]
+        assert ["flush", "close"] * 2 == [verb for verb, _ in worker.calls]
+        keep, late = worker.late
+        assert _process._keep is keep
+        assert isinstance(late, _process._Late)
+
+    def test_without_a_call(self, adopt, exit_):
+        """Let go of before the end, as in a child, it does nothing."""
+        worker = adopt()
+
+        exit_.__del__()
+
+        assert [] == worker.calls
+
+    def test_closed_before(self, adopt, exit_):
+        """Who was closed before takes no more."""
+        worker = adopt()
+        worker.is_closed = True
+
+        exit_()
+
+        assert [] == worker.late
+
+    @pytest.mark.parametrize("has_spool", [False, True])
+    def test_in_vain(self, adopt, exit_, tmp_path, has_spool):
+        """Whose endpoint is down takes no more, unless there is a spool."""
+        spool_dir = tmp_path if has_spool else None
+        worker = adopt(is_slow=True, exit_timeout=0.1, spool_dir=spool_dir)
+
+        exit_()
+
+        assert has_spool == len(worker.late)
+
+    @pytest.mark.parametrize("has_spool", [False, True])
+    def test_never_used(self, adopt, exit_, tmp_path, has_spool):
+        """Who never delivered takes no more when nothing can be imported any more."""
+        worker = adopt(spool_dir=tmp_path if has_spool else None)
+
+        exit_()
+        exit_.__del__()
+
+        assert 1 + has_spool == len(worker.late)
+
+    def test_gevent(self, adopt, exit_, monkeypatch):
+        """Under gevent nobody takes more once its loop may be gone."""
+        worker = adopt()
+        worker.delivered = 1
+        monkeypatch.setitem(sys.modules, "gevent", None)
+
+        exit_()
+        exit_.__del__()
+
+        assert [_process._keep] == worker.late
+
+    def test_time(self, adopt, exit_):
+        """Both moments share one `exit_timeout`, but for a little."""
+        worker = adopt(exit_timeout=5)
+
+        exit_()
+        exit_._spent = 4.0
+        exit_.__del__()
+
+        (_, first), (_, second) = (call for call in worker.calls if call[0] == "close")
+        assert 4.5 < first <= 5
+        assert 0.5 < second <= 1
+
+    def test_child(self, adopt):
+        """A child of multiprocessing finishes, and delivers what comes late at once."""
+        worker = adopt()
+
+        _process._end_child()
+
+        assert "close" == worker.calls[-1][0]
+        (late,) = worker.late
+        assert isinstance(late, _process._Late)
+
+
+class TestLate:
+    """Events that come when nobody comes after them."""
+
+    @pytest.fixture(name="transport")
+    def _transport(self) -> testing.RecordingTransport:
+        """Return a transport that takes everything, until told otherwise."""
+        return testing.RecordingTransport()
+
+    @pytest.fixture(name="make")
+    def _make(self, transport) -> Iterator[Callable[..., pgtrack.Client]]:
+        """Return a function that makes a client which has come to its end."""
+        clients: list[pgtrack.Client] = []
+
+        def make(*, spent: float = 0.0, **options: object) -> pgtrack.Client:
+            modules = options.pop("modules", None)
+            config = config_of(exit_timeout=0.4, **options)
+            client = pgtrack.Client(config, transport=lambda: transport)
+            clients.append(client)
+            worker = client._sink
+            client.close(5)
+            worker.linger(_process._Late(worker, config, spent, modules))
+            return client
+
+        yield make
+        for client in clients:
+            client.close(0)
+
+    def test_on_this_thread(self, make, transport):
+        """Each is delivered before `emit` returns, and no thread is started."""
+        client = make()
+        threads = threading.enumerate()
+
+        taken = [client.emit("custom", name=name) for name in "ab"]
+
+        assert [True, True] == taken
+        assert ["a", "b"] == [event.name for event in transport.taken]
+        assert threads == threading.enumerate()
+        assert client.stats().is_balanced
+
+    def test_kept(self, transport):
+        """What is kept is sent in one request, without a thread."""
+        client = pgtrack.Client(config_of(), transport=lambda: transport)
+        client.close(5)
+        client._sink.linger(_process._keep)
+        threads = threading.enumerate()
+
+        for name in "abc":
+            assert client.emit("custom", name=name)
+
+        assert threads == threading.enumerate()
+        assert 3 == client.stats().pending
+        assert client.close(5)
+        assert [3] == [len(batch) for batch in transport.batches]
+
+    def test_endpoint_is_down(self, make, transport):
+        """An endpoint that is down costs what is left of the time, once."""
+        transport._answers.extend([RETRY] * 50)
+        client = make()
+
+        started = time.monotonic()
+        taken = [client.emit("custom") for _ in range(5)]
+        took = time.monotonic() - started
+
+        assert [True, False, False, False, False] == taken
+        assert {"shutdown": 1, "closed": 4} == client.stats().dropped
+        assert took < 0.4 + 0.2
+
+    def test_time_is_up(self, make, transport):
+        """An endpoint that is slow is waited for no longer than is left in all."""
+        client = make(modules={})
+        late = client._sink._late
+
+        def take_all_the_time(_: object) -> Answer:
+            late._left = 0.0
+            return Answer(verdict=Verdict.TAKEN)
+
+        transport._answers.append(take_all_the_time)
+        taken = [client.emit("custom") for _ in range(3)]
+
+        assert [True, False, False] == taken
+        assert 1 == len(transport.taken)
+
+    def test_time_of_threads(self, make):
+        """Where threads of the host go on, only time that was in vain counts."""
+        client = make()
+        late = client._sink._late
+        before = late._left
+
+        assert client.emit("custom")
+
+        assert before == late._left
+
+    @pytest.mark.skipif(os.name != "posix", reason="a spool needs POSIX locks")
+    def test_spool(self, make, transport, tmp_path):
+        """With a spool, what the endpoint does not take is on disk, event by event."""
+        transport._answers.extend([RETRY] * 50)
+        client = make(spool_dir=tmp_path)
+        client._sink._late._left = 0.0
+
+        taken = [client.emit("custom") for _ in range(5)]
+
+        assert [True] * 5 == taken
+        assert (5, {}) == (client.stats().spooled, client.stats().dropped)
+
+    def test_daemon(self, make, transport):
+        """A daemon does not begin what the end of the interpreter would cut short."""
+        client = make(modules={})
+
+        start_together(1, lambda _: client.emit("custom", name="daemon"))
+        before = len(transport.taken)
+        client.emit("custom", name="main")
+
+        assert 0 == before
+        assert ["daemon", "main"] == [event.name for event in transport.taken]
+
+    def test_many_threads(self, make, transport):
+        """Threads that emit at once lose nothing, and nothing comes twice."""
+        client = make()
+
+        start_together(
+            4, lambda i: [client.emit("custom", name=f"{i} {k}") for k in range(50)]
+        )
+
+        names = {event.name for event in transport.taken}
+        assert {f"{i} {k}" for i in range(4) for k in range(50)} == names
+        assert (200, 0) == (len(transport.taken), client.stats().pending)
+
+    def test_within_itself(self, make, transport):
+        """An event that is emitted while another is delivered follows it."""
+        inner = ["inner"]
+
+        def emit_once(event: pgtrack.Event) -> pgtrack.Event:
+            if inner:  # as a finaliser does, which is not suppressed
+                contextvars.Context().run(client.emit, "custom", name=inner.pop())
+            return event
+
+        client = make(before_send=emit_once)
+        client.emit("custom", name="outer")
+
+        assert ["outer", "inner"] == [event.name for event in transport.taken]
+
+    def test_too_late(self, make, monkeypatch):
+        """When names are missing, as at the very end, nothing is raised."""
+        client = make()
+        monkeypatch.setattr(_process, "SYSTEM_CLOCK", None)
+
+        assert client.emit("custom")
+
+    def test_importable(self, monkeypatch):
+        """Modules that the interpreter took away can be imported meanwhile."""
+        mine = {name: ModuleType(name) for name in ("gone", "emptied", "there")}
+        monkeypatch.delitem(sys.modules, "gone", raising=False)
+        monkeypatch.setitem(sys.modules, "emptied", None)
+        monkeypatch.setitem(sys.modules, "there", mine["there"])
+
+        with _process._importable(mine):
+            found = [importlib.import_module(name) for name in mine]
+
+        assert list(mine.values()) == found
+        assert "gone" not in sys.modules
+        assert sys.modules["emptied"] is None
+        assert sys.modules["there"] is mine["there"]
+
+    def test_needed_modules(self):
+        """The host's modules are left to the interpreter."""
+        needed = _process._needed_modules()
+
+        assert {"pgtrack", "pgtrack._worker", "threading"} <= needed.keys()
+        assert not {"pytest", "__main__"} & needed.keys()
 
 
 class TestStatus:

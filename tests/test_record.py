@@ -808,7 +808,7 @@ class TestEncoder:
         good = (0, "custom", "s", None, {}, {}, None, None, 0)
         bad = (0, "custom", "s", None, {}, {"name": object()}, None, None, 0)
 
-        encoded = encoder.encode([good, bad, good])  # type: ignore[list-item]
+        encoded = list(encoder.encode([good, bad, good]))  # type: ignore[list-item]
 
         assert [data is None for data, _ in encoded] == [False, True, False]
         assert [record for _, record in encoded] == [good, bad, good]

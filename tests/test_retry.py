@@ -249,6 +249,13 @@ class TestRetryPolicy:
         assert 23.0 == lazy.wait(5, 7.0)
         assert 16.0 == lazy.wait(5, 0.0)
 
+    def test_a_fleet_that_was_told_the_same_time_is_spread(self) -> None:
+        """After a long `Retry-After` the jitter is a fifth of it, not half a second."""
+        eager, lazy = RetryPolicy(jitter=lambda: 0.0), RetryPolicy(jitter=lambda: 1.0)
+
+        assert 60.0 == eager.wait(0, 60.0)
+        assert 72.0 == lazy.wait(0, 60.0)
+
     def test_probes_are_slow(self) -> None:
         """Probes double from 5 to 60 s, and at least half of that is waited."""
         least, most = RetryPolicy(jitter=lambda: 0.0), RetryPolicy(jitter=lambda: 1.0)

@@ -540,7 +540,7 @@ calls = st.tuples(
 
 
 @settings(
-    max_examples=300,
+    max_examples=3 * settings.default.max_examples,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -558,7 +558,7 @@ def test_arbitrary_values_are_taken(events: list[tuple[Any, dict[str, Any]]]) ->
         assert sum(results) == len(sent)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(values, st.sampled_from(PLACES))
 def test_arbitrary_values_may_come_from_before_send(value: Any, place: str) -> None:
     """What a hook puts into an event is converted as emit's arguments are."""

@@ -1034,7 +1034,7 @@ class TestImports:
         assert is_free
 
     @pytest.mark.parametrize("scheme", ["http", "https"])
-    def test_a_request_imports_nothing_on_its_way(self, scheme) -> None:
+    def test_a_request_imports_nothing_on_its_way(self, scheme, tls, bundle) -> None:
         """All that a first request needs is imported while forks are held off."""
         script = """
             import contextlib, sys
@@ -1051,20 +1051,22 @@ class TestImports:
                     known.update(sys.modules)
 
             _transport.importing = noting
-            url = sys.argv[1]
-            transport = _transport.HttpTransport(Config(project_id="p", endpoint=url))
+            url, bundle = sys.argv[1:]
+            config = Config(project_id="p", endpoint=url, ca_bundle=bundle)
+            transport = _transport.HttpTransport(config)
             print(transport.send([b'{}' * 10_000], 5).reason)
             print(sorted(set(sys.modules) - known))
             transport.close()
         """
-        with Server() as server:
+        with Server(tls=tls if scheme == "https" else None) as server:
             host, port = server.address
-            done = run_script(script, f"{scheme}://{host}:{port}/v1/events")
+            done = run_script(script, f"{scheme}://{host}:{port}/v1/events", bundle)
 
         assert "" == done.stderr
         reason, modules = done.stdout.splitlines()
         assert reason
         assert "[]" == modules
+        assert server.requests
 
     def test_httpx_is_loaded_with_the_first_batch(self) -> None:
         """Importing pgtrack and making a transport loads no HTTP library."""

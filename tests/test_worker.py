@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import pgtrack
 from harness import Interrupt, in_fork, interrupts, start_together
-from pgtrack import Client, Config, _diagnostics, _queue, _worker
+from pgtrack import Client, Config, _diagnostics, _journal, _outbox, _queue, _worker
 from pgtrack._context import current_frame
+from pgtrack._folder import Folder
 from pgtrack._ledger import Ledger
 from pgtrack._retry import RetryPolicy
+from pgtrack._spool import Spool
 from pgtrack._worker import Worker
 from pgtrack.testing import FakeClock, RecordingTransport
 from pgtrack.typing import Answer, Verdict
@@ -43,6 +47,10 @@ class NamingEncoder:
         """Encode as the real one does, but less of it."""
         return [(self._encode(record[5]["name"]), record) for record in records]
 
+    def encode_here(self, record: Record) -> bytes | None:
+        """Encode one record on the thread that puts it."""
+        return self._encode(record[5]["name"])
+
     def _encode(self, name: str) -> bytes | None:
         if name == "drop":
             self._ledger.drop("before_send")
@@ -62,16 +70,21 @@ class Bench:
         **options: Any,
     ) -> None:
         options = {"project_id": "p", "endpoint": "console:", **options}
+        config = Config(**options)
+        clock = pgtrack._clock.SYSTEM_CLOCK if clock is None else clock
         self.ledger = Ledger()
         self.recording = RecordingTransport(answers)
         self.transport = self.recording if transport is None else transport
+        has_spool = config.spool_dir is not None
+        self.encoder = NamingEncoder(self.ledger)
         self.worker = Worker(
-            config=Config(**options),
-            encoder=NamingEncoder(self.ledger),  # type: ignore[arg-type]
+            config=config,
+            encoder=self.encoder,  # type: ignore[arg-type]
             transport=lambda: self.transport,
             ledger=self.ledger,
             policy=RetryPolicy(jitter=lambda: 1.0),
-            clock=pgtrack._clock.SYSTEM_CLOCK if clock is None else clock,
+            clock=clock,
+            spool=Spool(config, self.ledger, clock) if has_spool else None,
         )
 
     def put(self, name: object = "event", size: int = 100) -> bool:
@@ -411,7 +424,7 @@ class TestTransports:
         bench.worker._deadline = bench.clock.monotonic() + 2.0
         bench.run(1.0)
         bench.worker._deadline = 0.0
-        bench.worker._line._next_try = 0.0
+        bench.worker._outbox.line._next_try = 0.0
         bench.run(1.0)
 
         assert told[0] == 7.0
@@ -785,6 +798,42 @@ class TestClose:
         assert 100 == bench.ledger.stats().delivered
 
 
+class TestLinger:
+    """After the end, what still comes is taken, and no thread is started for it."""
+
+    def test_what_comes_late_waits_for_a_flush(self) -> None:
+        """Whoever lingers is told of each event, and delivers it by a flush."""
+        told: list[int] = []
+        bench = Bench(batch_interval=60)
+        bench.put("a")
+        bench.worker.close(5)
+        bench.worker.linger(lambda: told.append(len(bench.worker.queue)))
+        taken = [bench.put("b"), bench.put("c")]
+        has_thread = bench.worker._has_thread
+        is_flushed = bench.worker.flush(5)
+
+        assert ([True, True], False, True) == (taken, has_thread, is_flushed)
+        assert [1, 2] == told[:2]
+        assert ["a", "b", "c"] == bench.taken
+        assert bench.worker.close(1)
+
+    def test_where_a_thread_hangs_it_is_over(self, monkeypatch) -> None:
+        """Nothing can be delivered beside an attempt that does not end."""
+        monkeypatch.setattr(_worker, "_TAKE_OVER", 0.05)
+        stuck = Stuck(can_abort=False)
+        bench = Bench(transport=stuck, batch_size=1)
+        bench.put("a")
+        assert stuck.is_sending.wait(10)
+        bench.worker.close(0)
+        _, seconds = elapsed(lambda: bench.worker.linger(lambda: None))
+        is_taken = bench.put("late")
+        stuck.go.set()
+
+        assert not is_taken
+        assert seconds < 0.05 + SLACK
+        assert wait_until(lambda: bench.ledger.stats().pending == 0)
+
+
 class TestRetire:
     """A client that was replaced delivers in the background, and ends."""
 
@@ -952,9 +1001,7 @@ class TestThread:
 
         bench.recording.send = fail  # type: ignore[method-assign]
         bench.put("a")
-        first = bench.worker._thread
-        assert first is not None
-        first.join(5)
+        assert wait_until(lambda: bench.worker._thread is None)
         bench.put("b")
 
         assert wait_until(lambda: ["a", "b"] == bench.taken)
@@ -1338,7 +1385,9 @@ class TestManyThreads:
             overflow=overflow,
             batch_interval=0.01,
         )
-        bench.worker._policy = bench.worker._line._policy = RetryPolicy(first=0.001)
+        bench.worker._outbox._policy = bench.worker._outbox.line._policy = RetryPolicy(
+            first=0.001
+        )
         taken = start_together(8, lambda i: [bench.put((i, n)) for n in range(2000)])
         is_closed = bench.worker.close(20)
 
@@ -1360,7 +1409,7 @@ class TestLines:
     def test_one_line_a_cause_without_a_payload(self, caplog) -> None:
         """A dead endpoint has one line, however often it fails; nothing is quoted."""
         bench = Bench(*[RETRY] * 1000, batch_size=1)
-        bench.worker._line._policy = RetryPolicy(first=0.001, most=0.001)
+        bench.worker._outbox.line._policy = RetryPolicy(first=0.001, most=0.001)
         for _ in range(5):
             bench.put("secret")
         assert wait_until(lambda: len(bench.sent) > 20)
@@ -1371,3 +1420,604 @@ class TestLines:
         assert "could not deliver events (503)" in lines[0].getMessage()
         assert "pgtrack dropped 5 events" in lines[1].getMessage()
         assert "secret" not in caplog.text
+
+
+def on_disk(folder: Path) -> list[str]:
+    """Return the names of the events that rest on disk, the oldest first."""
+    files = sorted(folder.glob("*/*/*.batch"), key=lambda path: path.name)
+    lines = [line for path in files for line in path.read_bytes().splitlines()]
+    return [json.loads(line[9:])["event.name"] for line in lines]
+
+
+def threads_named(name: str) -> list[threading.Thread]:
+    """Return the threads of that name that run."""
+    return [thread for thread in threading.enumerate() if thread.name == name]
+
+
+class Gate(RecordingTransport):
+    """Hangs with the first batch until it is let go, then goes on."""
+
+    def __init__(self, *answers: Any, can_abort: bool = True) -> None:
+        super().__init__(answers)
+        self._can_abort = can_abort
+        self.is_sending = threading.Event()
+        self.go = threading.Event()
+
+    def send(self, events: Sequence[bytes], timeout: float) -> Answer:
+        """Wait, at most a minute, then record the batch."""
+        self.is_sending.set()
+        self.go.wait(50)
+        return super().send(events, timeout)
+
+    def abort(self) -> None:
+        """Let go."""
+        if self._can_abort:
+            self.go.set()
+
+
+class TestRelief:
+    """While a send hangs, a queue that is nearly full goes to disk."""
+
+    def test_nothing_is_dropped(self, tmp_path) -> None:
+        """Many times the queue's bound is emitted meanwhile, without a wait."""
+        gate = Gate()
+        bench = Bench(
+            transport=gate, spool_dir=tmp_path, max_queue_size=500, batch_size=1
+        )
+        bench.put(0)
+        assert gate.is_sending.wait(10)
+        longest = 0.0
+        for start in range(1, 5000, 200):
+            for i in range(start, start + 200):
+                taken, seconds = elapsed(lambda i=i: bench.put(i))
+                longest = max(longest, seconds)
+                assert taken
+            assert wait_until(lambda: bench.ledger.pending.value <= 250)
+        stats = bench.ledger.stats()
+        gate.go.set()
+        is_closed = bench.worker.close(30)
+
+        names = [event.name for event in gate.taken]
+        assert [str(i) for i in range(5001)] == names
+        assert (is_closed, {}, []) == (True, stats.dropped, on_disk(tmp_path))
+        assert stats.spooled >= 4700
+        assert longest < 1.0
+        assert bench.ledger.stats().is_balanced
+
+    def test_hooks_there_cannot_wait_for_themselves(self, tmp_path) -> None:
+        """The thread is our own: nothing is tracked there, and a flush is refused."""
+        gate = Gate()
+        bench = Bench(transport=gate, spool_dir=tmp_path, max_queue_size=100)
+        encode = bench.encoder.encode
+        seen: list[Any] = []
+
+        def spying(records: Iterable[Record]) -> list[tuple[bytes | None, Record]]:
+            frame = current_frame()
+            if threading.current_thread().name == "pgtrack-spool":
+                seen.append(frame is not None and frame.is_suppressed)
+                seen.append(bench.worker.is_own_thread)
+                seen.append(elapsed(lambda: bench.worker.flush(5)))
+                seen.append(elapsed(lambda: bench.worker.close(5)))
+            return encode(records)
+
+        bench.encoder.encode = spying  # type: ignore[method-assign]
+        bench.put("a")
+        bench.worker.hurry()
+        bench.worker._signal.give()
+        assert gate.is_sending.wait(10)
+        for i in range(80):
+            bench.put(i)
+        assert wait_until(lambda: len(seen) >= 4)
+        assert wait_until(lambda: bench.ledger.pending.value <= 50)
+        is_own_here = bench.worker.is_own_thread
+        gate.go.set()
+        bench.worker.close(5)
+
+        (is_flushed, seconds), (is_closed, seconds_too) = seen[2:4]
+        assert [True, True] == seen[:2]
+        assert (False, False, False) == (is_own_here, is_flushed, is_closed)
+        assert seconds + seconds_too < SLACK
+
+    def test_it_outlives_our_own_errors(self, tmp_path, monkeypatch) -> None:
+        """An error of pgtrack's own is noted, and the next relief is served."""
+        monkeypatch.setattr(_diagnostics, "reraise", False)
+        gate = Gate()
+        bench = Bench(transport=gate, spool_dir=tmp_path, max_queue_size=100)
+        relieve = bench.worker._outbox.relieve
+        failed = threading.Event()
+
+        def fail() -> None:
+            bench.worker._outbox.relieve = relieve  # type: ignore[method-assign]
+            failed.set()
+            raise ZeroDivisionError
+
+        bench.worker._outbox.relieve = fail  # type: ignore[method-assign]
+        bench.put("a")
+        bench.worker.hurry()
+        bench.worker._signal.give()
+        assert gate.is_sending.wait(10)
+        for i in range(75):
+            bench.put(i)
+        assert failed.wait(10)
+        bench.put("b")
+        is_served = wait_until(lambda: bench.ledger.pending.value <= 50)
+        gate.go.set()
+        bench.worker.close(5)
+
+        assert is_served
+
+    def test_all_threads_end(self, tmp_path) -> None:
+        """With the client both of its threads are gone."""
+        bench = Bench(spool_dir=tmp_path)
+        bench.put("a")
+        assert bench.worker.flush(5)
+        during = len(threads_named("pgtrack")), len(threads_named("pgtrack-spool"))
+        bench.worker.close(5)
+
+        assert (1, 1) == during
+        assert wait_until(lambda: not threads_named("pgtrack"))
+        assert wait_until(lambda: not threads_named("pgtrack-spool"))
+
+    def test_without_a_spool_there_is_one_thread(self) -> None:
+        """Nobody pays for what he has not."""
+        bench = Bench()
+        bench.put("a")
+        bench.worker.flush(5)
+        names = threads_named("pgtrack-spool")
+        bench.worker.close(5)
+
+        assert [] == names
+
+    def test_another_thread_may_get_its_number(self, tmp_path) -> None:
+        """Numbers of threads are used again: who has that of ours may well flush."""
+        bench = Bench(spool_dir=tmp_path)
+        bench.put("a")
+        bench.worker.flush(5)
+        (reliever,) = threads_named("pgtrack-spool")
+        bench.worker.retire()
+        assert wait_until(lambda: not threads_named("pgtrack"))
+        found: list[tuple[bool, bool]] = []
+
+        def look() -> None:
+            is_same = threading.get_ident() == reliever.ident
+            found.append((is_same, bench.worker.is_own_thread))
+
+        for _ in range(20):
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join(5)
+
+        assert {False} == {is_own for _, is_own in found}
+
+    def test_it_works_for_the_next_thread_as_well(self, tmp_path, monkeypatch) -> None:
+        """A thread that died is replaced, and so is the one that relieves."""
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        gate = Gate()
+        send = gate.send
+
+        def die(events: Sequence[bytes], timeout: float) -> Answer:
+            gate.send = send  # type: ignore[method-assign]
+            raise GeneratorExit
+
+        gate.send = die  # type: ignore[method-assign]
+        bench = Bench(
+            transport=gate, spool_dir=tmp_path, max_queue_size=100, batch_size=1
+        )
+        bench.put("a")
+        assert wait_until(lambda: not threads_named("pgtrack-spool"))
+        bench.put("b")
+        assert gate.is_sending.wait(10)
+        for i in range(80):
+            bench.put(i)
+        is_served = wait_until(lambda: bench.ledger.pending.value <= 50)
+        gate.go.set()
+        bench.worker.close(10)
+
+        assert is_served
+        assert ["a", "b", *map(str, range(80))] == [event.name for event in gate.taken]
+
+    def test_where_it_cannot_be_had(self, tmp_path, monkeypatch) -> None:
+        """Without a second thread the first one does what it can."""
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if thread.name == "pgtrack-spool":
+                raise RuntimeError
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        bench = Bench(*[RETRY] * 1000, spool_dir=tmp_path, batch_size=1)
+        for i in range(5):
+            bench.put(i)
+        assert wait_until(lambda: bench.ledger.spooled.value > 0)
+        is_closed = bench.worker.close(5)
+
+        assert is_closed
+        assert [str(i) for i in range(5)] == on_disk(tmp_path)
+
+
+class TestCloseWithSpool:
+    """At the end, what could not be sent is on disk."""
+
+    def recover(self, tmp_path: Path) -> tuple[list[str | None], pgtrack.Stats]:
+        """Return what the next process delivers, and its ledger."""
+        bench = Bench(spool_dir=tmp_path, batch_size=1)
+        bench.put("next")
+        assert wait_until(lambda: "next" in bench.taken)
+        assert wait_until(lambda: bench.ledger.stats().spooled == 0)
+        bench.worker.close(5)
+        return bench.taken[1:], bench.ledger.stats()
+
+    def test_with_a_dead_endpoint_it_is_quick(self, tmp_path) -> None:
+        """All rests on disk, nothing is dropped, and nobody waits for the endpoint."""
+        bench = Bench(*[RETRY] * 1000, spool_dir=tmp_path)
+        for i in range(2500):
+            bench.put(i)
+        is_closed, seconds = elapsed(lambda: bench.worker.close(20))
+        stats = bench.ledger.stats()
+
+        assert is_closed
+        assert seconds < 5
+        assert (2500, {}, 0) == (stats.spooled, stats.dropped, stats.pending)
+        taken, next_stats = self.recover(tmp_path)
+        assert [str(i) for i in range(2500)] == taken
+        assert (2500, True) == (next_stats.recovered, next_stats.is_balanced)
+
+    @pytest.mark.parametrize("answer", [TAKEN, RETRY], ids=["taken", "failed"])
+    def test_an_attempt_that_hangs_beyond_its_end(self, tmp_path, answer) -> None:
+        """What is being sent is on disk as well, in time; its answer still counts."""
+        gate = Gate(answer, can_abort=False)
+        bench = Bench(transport=gate, spool_dir=tmp_path, batch_size=1)
+        bench.put("sent")
+        assert gate.is_sending.wait(10)
+        for name in "abcde":
+            bench.put(name)
+        thread = bench.worker._thread
+        is_closed, seconds = elapsed(lambda: bench.worker.close(0.1))
+        stats, during = bench.ledger.stats(), on_disk(tmp_path)
+        gate.go.set()
+        assert thread is not None
+        thread.join(10)
+
+        assert is_closed
+        assert seconds < 0.1 + 3 * SLACK
+        assert (6, 0, {}) == (stats.spooled, stats.pending, stats.dropped)
+        assert ["sent", *"abcde"] == during
+        left = [*"abcde"] if answer is TAKEN else ["sent", *"abcde"]
+        assert len(left) == bench.ledger.stats().spooled
+        assert left == self.recover(tmp_path)[0]
+
+    def test_one_that_is_cut(self, tmp_path) -> None:
+        """A transport that can be aborted ends the thread, and all is on disk."""
+        gate = Gate(*[RETRY] * 100)
+        bench = Bench(transport=gate, spool_dir=tmp_path, batch_size=1)
+        bench.put("sent")
+        assert gate.is_sending.wait(10)
+        for name in "abc":
+            bench.put(name)
+        bench.worker.close(0.1)
+
+        assert wait_until(lambda: not threads_named("pgtrack"))
+        assert wait_until(lambda: not threads_named("pgtrack-spool"))
+        assert ["sent", *"abc"] == on_disk(tmp_path)
+        assert ["sent", *"abc"] == self.recover(tmp_path)[0]
+
+    def test_a_disk_that_fails(self, tmp_path, monkeypatch) -> None:
+        """What can be neither sent nor written is dropped as `shutdown`, in time."""
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(Folder, "write", fail)
+        bench = Bench(*[RETRY] * 1000, spool_dir=tmp_path)
+        for i in range(100):
+            bench.put(i)
+        is_closed, seconds = elapsed(lambda: bench.worker.close(0.5))
+
+        stats = bench.ledger.stats()
+        assert not is_closed
+        assert seconds < 0.5 + SLACK
+        assert ({"shutdown": 100}, 0) == (stats.dropped, stats.pending)
+        assert stats.is_balanced
+        assert stats.spool_errors > 0
+
+    def test_a_disk_that_hangs(self, tmp_path, monkeypatch) -> None:
+        """Closing waits for the disk a while, and no longer."""
+        monkeypatch.setattr(_worker, "_MOST_REST", 0.2)
+        write, is_writing, go = Folder.write, threading.Event(), threading.Event()
+
+        def hang(*args: Any, **options: Any) -> None:
+            is_writing.set()
+            assert go.wait(50)
+            write(*args, **options)
+
+        monkeypatch.setattr(Folder, "write", hang)
+        bench = Bench(*[RETRY] * 1000, spool_dir=tmp_path, batch_size=1)
+        bench.put("a")
+        assert is_writing.wait(10)
+        bench.put("b")
+        is_closed, seconds = elapsed(lambda: bench.worker.close(0.1))
+        balanced = bench.ledger.stats().is_balanced
+        go.set()
+
+        assert not is_closed
+        assert balanced
+        assert seconds < 0.1 + 0.2 + 3 * SLACK
+        assert wait_until(lambda: not threads_named("pgtrack"))
+        assert wait_until(lambda: bench.ledger.stats().pending == 0)
+        assert bench.ledger.stats().is_balanced
+
+    def test_retired_it_ends_when_its_files_are_sent(self, tmp_path) -> None:
+        """A client that was replaced leaves neither a thread nor a folder."""
+        bench = Bench(*[RETRY] * 3, spool_dir=tmp_path, batch_size=1)
+        bench.worker._outbox.line._policy = RetryPolicy(first=0.05)
+        for i in range(5):
+            bench.put(i)
+        assert wait_until(lambda: bench.ledger.spooled.value > 0)
+        bench.worker.retire()
+
+        assert wait_until(lambda: not threads_named("pgtrack"))
+        assert [str(i) for i in range(5)] == bench.taken
+        assert wait_until(lambda: not list(tmp_path.glob("*/*-*")))
+
+    @pytest.mark.usefixtures("threadless")
+    def test_without_threads(self, tmp_path) -> None:
+        """At the end of the interpreter, whoever closes brings all to disk."""
+        bench = Bench(*[RETRY] * 1000, spool_dir=tmp_path, batch_size=1)
+        for i in range(5):
+            bench.put(i)
+        is_closed, seconds = elapsed(lambda: bench.worker.close(10))
+
+        assert is_closed
+        assert seconds < 2
+        assert [str(i) for i in range(5)] == on_disk(tmp_path)
+        assert 5 == bench.ledger.stats().spooled
+
+
+class TestForkWithSpool:
+    """A child has a folder of its own, and leaves that of its parent alone."""
+
+    def test_the_parents_files_are_the_parents(self, tmp_path) -> None:
+        """The child writes elsewhere, holds nothing open, and takes no lock away."""
+        bench = Bench(*[RETRY] * 1000, spool_dir=tmp_path, spool_each_event=True)
+        for name in "abc":
+            bench.put(name)
+        wait_until(lambda: len(list(tmp_path.glob("*/*/*.journal"))) > 0)
+        (home,) = tmp_path.glob("*/*-*")
+        before = {path: path.read_bytes() for path in home.iterdir()}
+
+        def child() -> tuple[int, list[str], list[str]]:
+            bench.worker.start_over()
+            fds = Path("/proc/self/fd")
+            links = [fd.readlink() for fd in fds.iterdir() if fd.is_symlink()]
+            held = [str(link) for link in links if str(home) in str(link)]
+            pending = bench.ledger.stats().pending
+            bench.put("child")
+            bench.worker.close(5)
+            return pending, held, on_disk(tmp_path)
+
+        pending, held, written = in_fork(child)
+        after = {path: path.read_bytes() for path in before}
+        is_locked = Folder.adopt(home) is None
+        bench.worker.close(5)
+
+        assert (0, ["child"]) == (pending, written)
+        assert [] == held or not Path("/proc/self/fd").exists()
+        assert (before, True) == (after, is_locked)
+        assert {"a", "b", "c", "child"} == set(on_disk(tmp_path))
+
+    def test_a_child_that_just_leaves_loses_nothing(self, tmp_path) -> None:
+        """With `spool_each_event` the parent adopts what its child left."""
+        bench = Bench(spool_dir=tmp_path, spool_each_event=True, batch_interval=60)
+
+        def child() -> bool:
+            bench.worker.start_over()
+            return bench.put("child")
+
+        is_taken = in_fork(child)
+        bench.put("parent")
+        bench.worker.flush(5)
+        bench.put("again")
+        is_flushed = bench.worker.flush(5)
+        assert wait_until(lambda: "child" in bench.taken)
+        bench.worker.close(5)
+
+        assert (True, True) == (is_taken, is_flushed)
+        assert {"parent", "child", "again"} == set(bench.taken)
+        assert 1 == bench.ledger.stats().recovered
+
+    def test_it_may_come_in_the_middle_of_a_write(self, tmp_path, monkeypatch) -> None:
+        """What another thread of the parent held is free in the child."""
+        write, is_writing, go = Folder.write, threading.Event(), threading.Event()
+
+        def hang(*args: Any, **options: Any) -> None:
+            is_writing.set()
+            assert go.wait(50)
+            write(*args, **options)
+
+        monkeypatch.setattr(Folder, "write", hang)
+        bench = Bench(*[RETRY] * 10, spool_dir=tmp_path, batch_size=1)
+        bench.put("parent")
+        assert is_writing.wait(10)
+
+        def child() -> tuple[bool, list[str | None]]:
+            bench.worker.start_over()
+            bench.transport = bench.recording = RecordingTransport()
+            bench.worker.start_over()
+            bench.put("child")
+            return bench.worker.close(5), bench.taken
+
+        results = in_fork(child)
+        go.set()
+        bench.worker.close(5)
+
+        assert (True, ["child"]) == results
+        assert ["parent"] == on_disk(tmp_path)
+
+
+class TestWrittenFirst:
+    """With `spool_each_event`, `emit` encodes and writes on the caller's thread."""
+
+    def client(
+        self, tmp_path: Path, transport: RecordingTransport, **options: Any
+    ) -> Client:
+        """Return a client whose events are written first."""
+        options = {"batch_interval": 60, **options}
+        config = Config(
+            project_id="p",
+            endpoint="console:",
+            spool_dir=tmp_path,
+            spool_each_event=True,
+            **options,
+        )
+        return Client(config, transport=lambda: transport)
+
+    def test_order_is_kept(self, tmp_path) -> None:
+        """What one thread emits arrives in that order, each once."""
+        transport = RecordingTransport()
+        with self.client(tmp_path, transport, batch_size=10) as client:
+            taken = [client.emit("custom", name=str(i)) for i in range(500)]
+
+        assert [True] * 500 == taken
+        assert [str(i) for i in range(500)] == [e.name for e in transport.taken]
+        assert [] == list(tmp_path.glob("*/*-*"))
+
+    def test_the_hook_runs_on_the_callers_thread(self, tmp_path) -> None:
+        """`before_send` is called within `emit`; what it emits is suppressed."""
+        names: list[str] = []
+
+        def hook(event: pgtrack.Event) -> pgtrack.Event:
+            names.append(threading.current_thread().name)
+            client.emit("custom", name="nested")
+            return event.replace(name="seen")
+
+        transport = RecordingTransport()
+        with self.client(tmp_path, transport, before_send=hook) as client:
+            client.emit("custom", name="a")
+            frame = current_frame()
+
+        assert [threading.current_thread().name] == names
+        assert ["seen"] == [event.name for event in transport.taken]
+        assert {"suppressed": 1} == client.stats().dropped
+        assert (None, True) == (frame, client.stats().is_balanced)
+
+    def test_the_hook_may_flush(self, tmp_path) -> None:
+        """It does not wait for its own event, which is not taken yet."""
+        flushed: list[tuple[bool, float]] = []
+
+        def hook(event: pgtrack.Event) -> pgtrack.Event:
+            flushed.append(elapsed(lambda: client.flush(5)))
+            return event
+
+        transport = RecordingTransport()
+        with self.client(tmp_path, transport, before_send=hook) as client:
+            for i in range(3):
+                client.emit("custom", name=str(i))
+
+        assert all(seconds < 2 for _, seconds in flushed)
+        assert ["0", "1", "2"] == [event.name for event in transport.taken]
+
+    @pytest.mark.parametrize("error", [ValueError("secret"), SystemExit(3)])
+    def test_the_hook_may_raise(self, tmp_path, error) -> None:
+        """Its event is dropped, and the caller notices nothing."""
+
+        def hook(event: pgtrack.Event) -> pgtrack.Event:
+            if event.name == "bad":
+                raise error
+            return event
+
+        transport = RecordingTransport()
+        with self.client(tmp_path, transport, before_send=hook) as client:
+            taken = [client.emit("custom", name=name) for name in ("a", "bad", "b")]
+
+        assert [True, False, True] == taken
+        assert ["a", "b"] == [event.name for event in transport.taken]
+        assert {"before_send_error": 1} == client.stats().dropped
+
+    def test_an_interrupt_in_the_hook_is_the_hosts(self, tmp_path) -> None:
+        """Ctrl-C within `emit` is raised there, and its event counted."""
+
+        def hook(event: pgtrack.Event) -> pgtrack.Event:
+            if event.name == "bad":
+                raise KeyboardInterrupt
+            return event
+
+        transport = RecordingTransport()
+        with self.client(tmp_path, transport, before_send=hook) as client:
+            client.emit("custom", name="a")
+            with pytest.raises(KeyboardInterrupt):
+                client.emit("custom", name="bad")
+            client.emit("custom", name="b")
+
+        assert ["a", "b"] == [event.name for event in transport.taken]
+        stats = client.stats()
+        assert (0, True, 1) == (
+            stats.pending,
+            stats.is_balanced,
+            sum(stats.dropped.values()),
+        )
+        assert [] == list(tmp_path.glob("*/*-*"))
+
+    @pytest.mark.timeout(180)
+    @pytest.mark.parametrize("size", [100_000, 1])
+    def test_emit_within_emit(self, tmp_path, size) -> None:
+        """At every bytecode an emit may interrupt one: both arrive, each once."""
+        transport = RecordingTransport()
+        emitted = 0
+        with self.client(tmp_path, transport, max_queue_size=size) as client:
+            for interrupt in interrupts(_outbox, _journal, _queue):
+                results: list[bool] = []
+                outer = interrupt(
+                    lambda: client.emit("custom"),
+                    lambda results=results: results.append(client.emit("custom")),
+                )
+                emitted += 1 + len(results)
+                assert outer, interrupt.place
+                assert all(results), interrupt.place
+                if size == 1:
+                    assert client.flush(5), interrupt.place
+                    assert client.stats().is_balanced, interrupt.place
+            assert client.flush(10)
+
+        ids = {event.event_id for event in transport.taken}
+        assert emitted == len(ids) == len(transport.taken)
+        assert client.stats().is_balanced
+        assert emitted > 200
+
+    def test_many_threads_and_one_who_looks(self, tmp_path) -> None:
+        """The right side of the ledger is never ahead by more than a batch."""
+        transport = RecordingTransport(
+            [lambda _: RETRY if len(transport.batches) % 5 == 0 else TAKEN] * 100_000
+        )
+        worst = 0
+        options = {"max_queue_size": 300, "batch_size": 20, "batch_interval": 0.01}
+        client = self.client(tmp_path, transport, replay_rate=None, **options)
+        policy = RetryPolicy(first=0.001)
+        worker: Any = client._sink
+        worker._outbox._policy = worker._outbox.line._policy = policy
+        ended: list[int] = []
+
+        def act(i: int) -> int:
+            if i < 6:
+                for n in range(300):
+                    client.emit("custom", name=f"{i}-{n}")
+                ended.append(i)
+                return 0
+            ahead = 0
+            while len(ended) < 6:
+                stats = client.stats()
+                right = stats.delivered + sum(stats.dropped.values())
+                right += stats.spooled + stats.pending
+                ahead = max(ahead, right - stats.emitted - stats.recovered)
+            return ahead
+
+        worst = max(start_together(7, act))
+        is_closed = client.flush(20) and client.close(20)
+
+        stats = client.stats()
+        largest = max(len(batch) for batch in transport.batches)
+        assert is_closed
+        assert worst <= largest
+        assert (1800, 1800, {}) == (stats.emitted, stats.delivered, stats.dropped)
+        assert stats.is_balanced
+        assert 1800 == len({event.event_id for event in transport.taken})

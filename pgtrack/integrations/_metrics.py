@@ -89,6 +89,7 @@ METRICS = (
     _number("batches", "counter", "{batch}", "Requests that the endpoint took."),
     _number("retries", "counter", "{attempt}", "Attempts that had to be repeated."),
     _number("sent", "counter", "By", "Bytes of request bodies.", "sent_bytes"),
+    _number("spool_errors", "counter", "{error}", "Failures of the spool's disk."),
     Metric(
         "last_success",
         "gauge",

@@ -8,7 +8,11 @@ that hangs holds up its own connection only.
 
 from __future__ import annotations
 
+import io
+import select
 import socket
+import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +25,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from .productgraph import ProductGraph, Reply, Request
 
 if TYPE_CHECKING:
-    from io import BufferedReader
     from types import TracebackType
 
 # In seconds: how long a connection may be idle or a step may wait, ...
@@ -30,8 +33,13 @@ _PATIENCE = 60.0
 # ... how long close() waits for all threads together, ...
 _CLOSE_TIMEOUT = 10.0
 
-# ... and how soon a waiting step notices that the server closes.
+# ... how soon a waiting step notices that the server closes, ...
 _TICK = 0.02
+
+# ... and how long a connection is given to prove that there is room for it.
+_ROOM = 0.2
+
+_BACKLOG = 1024
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
@@ -43,9 +51,12 @@ _MAX_BODY = 64 * 1024 * 1024
 class Wire:
     """
     Hold bytes to send as they are, chunk by chunk; then the connection is closed.
+
+    With *is_reset* it ends by RST rather than in order.
     """
 
-    chunks: Iterable[bytes]
+    chunks: Iterable[bytes] = ()
+    is_reset: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,28 @@ class Exchange(Request):
         self.server.wait(until)
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """
+    Be a connection of which nothing was read yet: what a welcome is called with.
+    """
+
+    connection: socket.socket = field(repr=False)
+    server: Server = field(repr=False)
+
+    def wait(self, until: threading.Event | float) -> None:
+        """
+        Wait for an event or some seconds, a minute at most; closing ends it early.
+        """
+        self.server.wait(until)
+
+
 # Decides an answer: a reply, bytes as they are, or None to close the connection.
 Step = Callable[[Exchange], Reply | Wire | None]
+
+# Meets a connection: returns what its requests are read from, None to read them as they
+# come, or bytes as they are instead of reading any.
+Welcome = Callable[[Arrival], io.BufferedReader | Wire | None]
 
 
 @final
@@ -84,6 +115,10 @@ class Server:
     Args:
         core: Answers the requests; by default a strict ProductGraph v0.3.0.
 
+        tls: Speaks TLS by this context.
+
+        is_open: Whether it listens at once; otherwise its port refuses until `open`.
+
     Attributes:
         script:
             One step for each coming request, of whatever path. None as a step is the
@@ -92,13 +127,25 @@ class Server:
 
         default: The step for each request after the script has run out.
 
+        welcome: Meets each coming connection, after its handshake; None reads on.
+
+        tls: For the coming connections.
+
         address: Host and port.
     """
 
-    def __init__(self, core: ProductGraph | None = None) -> None:
+    def __init__(
+        self,
+        core: ProductGraph | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+        is_open: bool = True,
+    ) -> None:
         self.core = ProductGraph() if core is None else core
         self.script: list[Step | None] = []
         self.default: Step | None = None
+        self.welcome: Welcome | None = None
+        self.tls = tls
 
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -106,12 +153,12 @@ class Server:
         self._connections: dict[threading.Thread, socket.socket] = {}
         self._error: BaseException | None = None
 
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._crowd: list[socket.socket] = []
+        self._acceptor: threading.Thread | None = None
+        self._listener = _reserve(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        self._acceptor = threading.Thread(
-            target=self._accept, name="harness-accept", daemon=True
-        )
-        self._acceptor.start()
+        if is_open:
+            self.open()
 
     def __enter__(self) -> Server:
         return self
@@ -130,7 +177,8 @@ class Server:
         Where events are posted to.
         """
         host, port = self.address
-        return f"http://{host}:{port}/v1/events"
+        scheme = "http" if self.tls is None else "https"
+        return f"{scheme}://{host}:{port}/v1/events"
 
     @property
     def connections(self) -> int:
@@ -193,6 +241,56 @@ class Server:
             if until.wait(_TICK):
                 return
 
+    def open(self) -> None:
+        """
+        Listen, on the same port as ever, and serve whoever has been queueing.
+        """
+        if self._acceptor is not None:
+            return
+
+        self._listener.listen(_BACKLOG)
+        while self._crowd:
+            self._crowd.pop().close()
+        self._acceptor = threading.Thread(
+            target=self._accept,
+            args=(self._listener,),
+            name="harness-accept",
+            daemon=True,
+        )
+        self._acceptor.start()
+
+    def shut(self) -> None:
+        """
+        End every connection and refuse further ones, on the same port, until `open`.
+        """
+        acceptor, self._acceptor = self._acceptor, None
+        if acceptor is not None:
+            # Closing a socket does not wake who waits in accept() everywhere alike.
+            with suppress(OSError):
+                socket.create_connection(self.address, timeout=1).close()
+            acceptor.join(_CLOSE_TIMEOUT)
+        self._listener.close()
+        for connection in [*self._crowd, *self._connections.values()]:
+            _hang_up(connection)
+        if not self._closing.is_set():
+            self._listener = _reserve(self.address)
+
+    def jam(self) -> None:
+        """
+        Listen, but accept nobody, with the backlog so full that nobody is answered.
+
+        Until `open`, and only before it or after `shut`.
+        """
+        self._listener.listen(0)
+        has_room = True
+        while has_room:
+            filler = socket.socket()
+            filler.setblocking(False)
+            with suppress(BlockingIOError):
+                filler.connect(self.address)
+            self._crowd.append(filler)
+            has_room = bool(select.select([], [filler], [], _ROOM)[1])
+
     def close(self) -> None:
         """
         Close every connection and end all threads. Closing again does nothing.
@@ -207,15 +305,12 @@ class Server:
 
         self._closing.set()
         deadline = time.monotonic() + _CLOSE_TIMEOUT
-        # Closing a socket does not wake who waits in accept(), on any platform alike.
-        with suppress(OSError):
-            socket.create_connection(self.address, timeout=1).close()
-        self._acceptor.join(_CLOSE_TIMEOUT)
-        self._listener.close()
+        threads = [] if self._acceptor is None else [self._acceptor]
+        self.shut()
+        while self._crowd:
+            self._crowd.pop().close()
 
-        for connection in list(self._connections.values()):
-            _hang_up(connection)
-        threads = [self._acceptor, *self._connections]
+        threads += self._connections
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
@@ -226,16 +321,17 @@ class Server:
         if self._error is not None:
             raise self._error
 
-    def _accept(self) -> None:
-        while not self._closing.is_set():
+    def _accept(self, listener: socket.socket) -> None:
+        acceptor = threading.current_thread()
+        while self._acceptor is acceptor:
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
             except OSError:
                 # The client is gone already, or this process has no descriptor left.
                 self._closing.wait(_TICK)
                 continue
 
-            if self._closing.is_set():
+            if self._acceptor is not acceptor:
                 connection.close()
                 return
 
@@ -250,21 +346,44 @@ class Server:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            with connection, connection.makefile("rb") as reader:
-                connection.settimeout(_PATIENCE)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(_PATIENCE)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._secure(connection) as secured:
                 try:
-                    while self._serve_one(connection, reader):
-                        pass
+                    self._serve_all(secured)
                 finally:
-                    _hang_up(connection)
+                    _hang_up(secured)
         except OSError:
             pass  # The client went away, or close() hung up.
         except BaseException as error:  # close() raises it
             with self._changed:
                 self._error = self._error or error
 
-    def _serve_one(self, connection: socket.socket, reader: BufferedReader) -> bool:
+    def _secure(self, connection: socket.socket) -> socket.socket:
+        if self.tls is not None:
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+            self._connections[threading.current_thread()] = connection
+        return connection
+
+    def _serve_all(self, connection: socket.socket) -> None:
+        """
+        Answer the requests of a connection until it ends.
+        """
+        if isinstance(connection, ssl.SSLSocket):
+            connection.do_handshake()
+        welcome = self.welcome
+        source = None if welcome is None else welcome(Arrival(connection, self))
+        if isinstance(source, Wire):
+            _send(connection, source)
+            return
+
+        with connection.makefile("rb") if source is None else source as reader:
+            while self._serve_one(connection, reader):
+                pass
+
+    def _serve_one(self, connection: socket.socket, reader: io.BufferedReader) -> bool:
         """
         Answer the next request, and return whether another may follow.
         """
@@ -301,8 +420,7 @@ class Server:
                 headers.get("connection", "").lower(),
             )
 
-        for chunk in outcome.chunks:
-            connection.sendall(chunk)
+        _send(connection, outcome)
         return False
 
 
@@ -329,7 +447,7 @@ class _Message(NamedTuple):
     body: bytes
 
 
-def _read_message(reader: BufferedReader) -> _Message | None:
+def _read_message(reader: io.BufferedReader) -> _Message | None:
     """
     Read a request; None when there are no more.
 
@@ -358,7 +476,7 @@ def _read_message(reader: BufferedReader) -> _Message | None:
     return _Message(method, path, headers, body)
 
 
-def _read_chunks(reader: BufferedReader) -> Iterator[bytes]:
+def _read_chunks(reader: io.BufferedReader) -> Iterator[bytes]:
     left = _MAX_BODY
     while size := int(reader.readline(_MAX_LINE).partition(b";")[0], 16):
         left -= size
@@ -372,7 +490,7 @@ def _read_chunks(reader: BufferedReader) -> Iterator[bytes]:
         pass  # Trailers.
 
 
-def _read_exactly(reader: BufferedReader, size: int) -> bytes:
+def _read_exactly(reader: io.BufferedReader, size: int) -> bytes:
     if not 0 <= size <= _MAX_BODY:
         raise ValueError
 
@@ -383,9 +501,33 @@ def _read_exactly(reader: BufferedReader, size: int) -> bytes:
     return data
 
 
+def _send(connection: socket.socket, wire: Wire) -> None:
+    """
+    Send the bytes, and with *is_reset* close the connection by RST.
+    """
+    for chunk in wire.chunks:
+        connection.sendall(chunk)
+    if wire.is_reset:
+        linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        # Whoever still reads from it keeps a socket open that is merely closed.
+        socket.close(connection.detach())
+
+
 def _hang_up(connection: socket.socket) -> None:
     """
     End a connection for all holders of the socket, forked children included.
     """
     with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        # Not the method of an SSLSocket: another thread may be reading through it.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _reserve(address: tuple[str, int]) -> socket.socket:
+    """
+    Return a socket that has a port of its own and refuses connections to it.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(address)
+    return reserved

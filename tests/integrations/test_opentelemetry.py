@@ -644,6 +644,7 @@ class TestMetrics:
             "pgtrack.batches": stats.batches,
             "pgtrack.retries": 0,
             "pgtrack.sent": stats.sent_bytes,
+            "pgtrack.spool_errors": 0,
             "pgtrack.last_success": stats.last_success.timestamp(),
         } == self.read(reader)
 

@@ -65,6 +65,7 @@ def test_the_ledger(registry) -> None:
         "pgtrack_batches_total": 1,
         "pgtrack_retries_total": 1,
         "pgtrack_sent_bytes_total": stats.sent_bytes,
+        "pgtrack_spool_errors_total": 0,
         "pgtrack_last_success_timestamp_seconds": pytest.approx(
             stats.last_success.timestamp()
         ),
@@ -127,7 +128,7 @@ def test_it_is_installed_once_and_undone(registry) -> None:
     none = samples(registry)
     prometheus.install(registry)
 
-    assert (12 - 4, 0) == (len(once), len(none))
+    assert (13 - 4, 0) == (len(once), len(none))
     assert once == samples(registry)
 
 
