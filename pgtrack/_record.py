@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pgtrack import _diagnostics
-from pgtrack._clock import format_time, new_ids
+from pgtrack._clock import format_time, new_id, new_ids
 from pgtrack._context import is_request_id, is_session_id, is_user_id, suppress
 from pgtrack._event import FIELDS, Event, Wire, encode_json, time_to_ns
 from pgtrack._keys import REDACTED, KeyRule
@@ -239,8 +239,9 @@ class Encoder:
 
     def encode_here(self, record: Record) -> bytes | None:
         """Encode one record on the thread that emits it."""
+        event_id = new_id() if self._ids is None else self._new_ids(1)[0]
         with suppress():  # an event of before_send would make another, and so on
-            return self._encode(record, self._new_ids(1)[0])
+            return self._encode(record, event_id)
 
     def _new_ids(self, count: int) -> list[str]:
         """Return *count* ids; a factory that fails is replaced by our own."""

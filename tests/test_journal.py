@@ -543,6 +543,7 @@ class TestForeign:
         """Who finds his file replaced by another thread follows that one."""
         gone = bench.journal.append("queued", b"first")
         bench.journal._retire("queued")
+        bench.journal._retire("queued")  # two find out at once
         present = bench.journal.append("queued", b"second")
         bench.journal._replace("queued", gone)
 

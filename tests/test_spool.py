@@ -285,19 +285,23 @@ class TestTime:
     def test_the_first_who_ask_together(self, bench: Bench, monkeypatch) -> None:
         """Nobody is sent into the next century by whoever asks at the same time."""
         nested: list[int] = []
-        now = bench.spool._now
+        tally = bench.spool._latest
 
-        def slow() -> int:
-            time = now()
-            if not nested:
-                nested.append(0)
-                nested[0] = bench.spool.new_time()
-            return time
+        class Slow:
+            add = tally.add
 
-        monkeypatch.setattr(bench.spool, "_now", slow)
+            @property
+            def value(self) -> int:
+                value = tally.value
+                if not nested:
+                    nested.append(0)
+                    nested[0] = bench.spool.new_time()
+                return value
+
+        monkeypatch.setattr(bench.spool, "_latest", Slow())
         time = bench.spool.new_time()
 
-        assert nested[0] < time < START_NS + NS
+        assert START_NS - NS < nested[0] < time < START_NS + NS
 
     def test_the_wall_clock_is_read_once(self, bench: Bench) -> None:
         """Whoever sets the wall clock changes no order."""
@@ -387,22 +391,22 @@ class TestReplay:
     def test_many_files(self, bench: Bench) -> None:
         """Of thousands of files a page of names is in memory, and all come in order."""
         most = 0
-        for i in range(2_500):
+        for i in range(1_500):
             bench.emit(names(1, i))
             most = max(most, len(bench.spool._own._names))  # type: ignore[union-attr]
         delivered: list[bytes] = []
-        while len(delivered) < 2_500:
+        while len(delivered) < 1_500:
             delivered += bench.replay(pages=50)
             most = max(most, len(bench.spool._own._names))  # type: ignore[union-attr]
             if len(delivered) == 1_000:
                 bench.emit([b"last"])
 
-        assert [*names(2_500), b"last"] == delivered + bench.replay()
+        assert [*names(1_500), b"last"] == delivered + bench.replay()
         assert most <= _source._PAGE
 
     def test_many_files_of_the_dead(self, tmp_path) -> None:
-        """Ten thousand files are adopted and replayed in order, page by page."""
-        files = {name(1, 20_000 - i): lines_of(names(1, i)) for i in range(10_000)}
+        """Thousands of files are adopted and replayed in order, page by page."""
+        files = {name(1, 20_000 - i): lines_of(names(1, i)) for i in range(4_000)}
         bury(tmp_path, files)
         bench = Bench(tmp_path)
         bench.adopt()
@@ -412,7 +416,7 @@ class TestReplay:
             sizes = [len(source._names) for source in bench.spool._adopted]
             most = max(most, *sizes, 0)
 
-        assert names(10_000) == delivered
+        assert names(4_000) == delivered
         assert 0 < most <= _source._PAGE
         assert [] == [*bench.root.iterdir()]
 
@@ -553,7 +557,7 @@ class TestNextProcess:
         """Every half minute or so, and not at the same moment as its siblings."""
         bench = Bench(tmp_path)
         waits = []
-        for _ in range(50):
+        for _ in range(30):
             bench.spool.look()
             waits.append(bench.spool.looks_in)
             bury(tmp_path, {name(1): lines_of([b"x"])})
@@ -564,7 +568,7 @@ class TestNextProcess:
             assert [b"x"] == bench.replay()
 
         assert 15.0 <= min(waits) < max(waits) <= 45.0
-        assert len({*waits}) > 40
+        assert len({*waits}) > 20
 
     def test_what_is_foreign_stays(self, tmp_path) -> None:
         """What is not ours is neither read nor removed, wherever it is."""
@@ -987,11 +991,12 @@ class TestBounds:
     def test_all_of_several_folders_is_too_old(self, tmp_path) -> None:
         """Folders that are emptied by age are removed, whichever come together."""
         for i in range(6):
-            bury(tmp_path, {name(1, (6 + i % 2 * 2) * DAY): lines_of(names(1, i))})
+            age = (8 - i % 2 * 2) * DAY - i
+            bury(tmp_path, {name(1, age): lines_of(names(1, i))})
         bench = Bench(tmp_path)
         bench.adopt()
 
-        assert names(6)[::2] == sorted(bench.replay())
+        assert names(6)[1::2] == bench.replay()
         assert {"spool_expired": 3} == {**bench.stats.dropped}
         assert [] == [*bench.root.iterdir()]
 
@@ -1349,8 +1354,14 @@ def scenario(bench: Bench, taken: list[bytes], delivered: list[bytes]) -> None:
 class TestFailures:
     """A disk that fails at any call, once or from then on."""
 
-    @pytest.mark.parametrize("is_lasting", [False, True])
-    @pytest.mark.parametrize("error", ERRORS)
+    @pytest.mark.parametrize(
+        ("error", "is_lasting"),
+        [
+            *((error, False) for error in ERRORS),
+            (errno.ENOSPC, True),
+            (errno.EMFILE, True),
+        ],
+    )
     def test_at_each_call(self, tmp_path, error: int, *, is_lasting: bool) -> None:
         """No exception, a balanced ledger, and each event delivered or counted."""
         dead = names(4, 100)

@@ -160,14 +160,13 @@ class TestOrderly:
         assert Counter(f"n{i}" for i in range(5)) == names_of(server)
 
     def test_atexit_handlers(self, server):
-        """Exit handlers that are called after ours are told that it is too late."""
+        """What exit handlers emit arrives, also if they are called after ours."""
         script = """
         import atexit, sys
         def late():
-            taken = pgtrack.emit("custom", name="late")
-            assert not taken, "it was taken"
-            assert pgtrack.stats().dropped == {"closed": 1}, pgtrack.stats()
-            assert pgtrack.stats().is_balanced, pgtrack.stats()
+            for i in range(20):
+                assert pgtrack.emit("custom", name=f"late {i}")
+            assert pgtrack.stats().pending == 20, pgtrack.stats()
         atexit.register(late)
         import pgtrack
         pgtrack.configure(project_id="p", endpoint=sys.argv[1])
@@ -177,7 +176,28 @@ class TestOrderly:
         ended = run_script(script, server.url)
 
         assert (0, "") == (ended.returncode, ended.stderr)
-        assert Counter(["early"]) == names_of(server)
+        late = {f"late {i}" for i in range(20)}
+        assert Counter(["early", *late]) == names_of(server)
+        assert 2 == len(server.requests)
+
+    def test_closed_before_exit_handlers(self, server):
+        """Exit handlers of a client that was closed are told that it is too late."""
+        script = """
+        import atexit, sys
+        def late():
+            assert not pgtrack.emit("custom"), "it was taken"
+            assert pgtrack.stats().dropped == {"closed": 1}, pgtrack.stats()
+            assert pgtrack.stats().is_balanced, pgtrack.stats()
+        atexit.register(late)
+        import pgtrack
+        pgtrack.configure(project_id="p", endpoint=sys.argv[1])
+        pgtrack.shutdown()
+        """
+
+        ended = run_script(script, server.url)
+
+        assert (0, "") == (ended.returncode, ended.stderr)
+        assert Counter() == names_of(server)
 
     def test_explicit_shutdown(self, server):
         """A script that shuts down itself delivers once, and exit adds nothing."""
