@@ -28,6 +28,9 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
 # until it is named here.
 BEYOND_THE_KIT = ("collector", "end_to_end", "integrations")
 
+# Those of `tests/end_to_end` that can go on for longer.
+LONG_TESTS = ("kills", "siblings", "gigabyte")
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -59,11 +62,16 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS)
 def kit(session: nox.Session) -> None:
-    """Run the kit's own tests, with no framework installed."""
+    """
+    Run the kit's own tests, with no framework installed.
+
+    All of them; where values are made up, fewer than the full tests make.
+    """
     session.install(".[kit]")
     others = (f"--ignore=tests/{folder}" for folder in BEYOND_THE_KIT)
     with _without_sources(session):
-        session.run("pytest", *others, *session.posargs)
+        brief = "--hypothesis-profile=brief"
+        session.run("pytest", brief, *others, *session.posargs)
 
 
 @nox.session
@@ -84,14 +92,10 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run the code in the README, in `docs/` and in docstrings."""
+    """Run the code in the README and in `docs/`."""
     session.install(".[tests]")
     with _without_sources(session):
         session.run("pytest", "tests/test_docs.py", *session.posargs)
-        # 5: no docstring holds an example. Importing an integration may need settings.
-        doctests = ("--doctest-modules", "--ignore-glob=*/integrations/*")
-        doctests += ("--pyargs", "pgtrack")
-        session.run("pytest", *doctests, success_codes=[0, 5])
 
 
 @nox.session
@@ -99,6 +103,23 @@ def hosts(session: nox.Session) -> None:
     """Run the test suites of web frameworks with pgtrack in them; takes minutes."""
     session.install(".[hosts]")
     session.run("python", "tests/host_suites/run.py", *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Run the fault table at its full size, and write it into docs/delivery.md."""
+    session.install("-e", ".[tests]")
+    session.run("python", "tests/end_to_end/faults/table.py", *session.posargs)
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Kill, starve and fail everything at random, for many minutes."""
+    session.install(".[tests]")
+    long_ones = [f"tests/end_to_end/test_{n}.py" for n in LONG_TESTS]
+    with _without_sources(session):
+        session.run("pytest", *long_ones, env={"PGTRACK_SOAK": "10"})
+        session.run("python", "tests/end_to_end/soak.py", *session.posargs)
 
 
 @contextlib.contextmanager

@@ -231,13 +231,17 @@ def _file(value: Any) -> str:
 
 
 def _folder(value: Any) -> str:
-    is_path = isinstance(value, (str, os.PathLike)) and os.fspath(value) != ""
-    path = Path(value) if is_path else None
-    if path is None or isinstance(os.fspath(value), bytes) or "\0" in str(path):
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    try:
+        is_path = isinstance(text, str) and text and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
         raise _WrongError("the path of a folder", "Use '/var/lib/shop/pgtrack'.")
+    path = Path(str(text)).absolute()  # the host may change its folder
     if path.exists() and not path.is_dir():
         raise _WrongError("a folder, or a path where one can be made", "Use another.")
-    return str(path.absolute())  # the host may change its folder
+    return str(path)
 
 
 def _cert(value: Any) -> tuple[str, ...]:

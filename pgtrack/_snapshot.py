@@ -252,8 +252,8 @@ class _Taker:
     def _names_secret(self, name: object) -> bool:
         """Return whether a value beside *name* is sensitive, as one under it is."""
         if isinstance(name, bytes):
-            name = name.decode("latin-1")
-        return type(name) is str and self._rule.is_sensitive(name)
+            name = name[: MAX_KEY + MARGIN].decode("latin-1")
+        return type(name) is str and self._rule.is_sensitive(name[: MAX_KEY + MARGIN])
 
     def _bounded(self, items: Iterable[Any], length: int) -> list[Any]:
         # A list made in one call, so that another thread that changes the caller's

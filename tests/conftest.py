@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from pgtrack import Stats, _api, _context, _diagnostics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# For Pythons beside the one that has the full tests: they may differ in how they take a
+# kind of value, hardly in how they take one more of a kind.
+settings.register_profile("brief", max_examples=30)
+
+
+def pytest_collection_finish() -> None:
+    """
+    Leave what is loaded by now out of every collection of garbage.
+
+    It stays to the end. A collection that looks through all of it takes a tenth of a
+    second, and many tests ask for one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let plugins that come late look at everything again."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -222,6 +222,7 @@ BAD_ARGUMENTS: list[tuple[str, Any]] = [
     ("spool_dir", ""),
     ("spool_dir", b"/var/lib/shop"),
     ("spool_dir", "a\0b"),
+    ("spool_dir", "a\ud800b"),
     ("spool_dir", 5),
     ("max_spool_bytes", None),
     ("max_spool_bytes", 1e6),
