@@ -64,12 +64,11 @@ def _from_environment() -> Client:
     """Make the default client of the environment; a wrong variable disables it."""
     global _client  # noqa: PLW0603  the one default client
     try:
-        config = Config.from_env()
+        client = Client(Config.from_env())
     except (ConfigError, OSError, RecursionError) as error:
         _diagnostics.note("configuration", f"pgtrack is disabled: {error}", 40)
         _diagnostics.tell()
-        config = Config.disabled()
-    client = Client(config)
+        client = Client(Config.disabled())
     with _configuring:
         if _client is None:
             _client = client

@@ -165,6 +165,7 @@ class Client:
     def _make_sink(
         self, encoder: Encoder, transport: Callable[[], Transport] | None
     ) -> Sink:
+        spool = self._make_spool()
         worker = Worker(
             config=self.config,
             encoder=encoder,
@@ -172,9 +173,11 @@ class Client:
             ledger=self._ledger,
             policy=RetryPolicy(),
             clock=self._clock,
-            spool=self._make_spool(),
+            spool=spool,
         )
         _process.adopt(worker, self.config)
+        if spool is not None and spool.has_others:
+            worker.start()  # some may be dead, and their events wait
         return worker
 
     def _make_spool(self) -> Spool | None:

@@ -42,6 +42,7 @@ __all__ = [
     "batch_name",
     "clear_unfinished",
     "count_of",
+    "disown_all",
     "files_in",
     "journal_name",
     "lines_of",
@@ -113,6 +114,16 @@ def _event_of(line: bytes) -> bytes | None:
     return event if is_whole else None
 
 
+_held: dict[int, Folder] = {}
+"""Those whose lock this process has open, also while they are being made or adopted."""
+
+
+def disown_all() -> None:
+    """Let go of the parent's folders in a forked child; the locks stay the parent's."""
+    for folder in list(_held.values()):
+        folder.let_go()
+
+
 class Folder:
     """
     A folder whose lock this process holds.
@@ -126,6 +137,7 @@ class Folder:
         # Which file it is: the host may close descriptors that are not its own (a
         # daemon does), and the number then means another file.
         self._opened = os.fstat(lock)
+        _held[id(self)] = self
 
     # --- whose it is ---
 
@@ -143,14 +155,16 @@ class Folder:
         path = root / f"{SYSTEM_CLOCK.time_ns():020d}-{os.urandom(4).hex()}"
         new = root / (path.name + NEW)
         new.mkdir(mode=0o700)
-        lock = -1
+        lock, folder = -1, None
         try:
             lock = os.open(new / LOCK, _MADE_FILE, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             folder = cls(path, lock)
             new.rename(path)
         except OSError:
-            if lock >= 0:
+            if folder is not None:
+                folder.let_go()
+            elif lock >= 0:
                 os.close(lock)
             _remove(new)
             raise
@@ -166,8 +180,10 @@ class Folder:
         with contextlib.suppress(OSError):  # its owner lives
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             folder = cls(path, lock)
-            if folder.is_held:  # else it was emptied and removed meanwhile
+            if folder.is_held:
                 return folder
+            folder.let_go()  # it was emptied and removed meanwhile
+            return None
         os.close(lock)
         return None
 
@@ -183,6 +199,7 @@ class Folder:
     def let_go(self) -> None:
         """Give up the lock; what rests in the folder is for others to adopt."""
         lock, self._lock = self._lock, -1
+        _held.pop(id(self), None)
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(lock), self._opened):
                 os.close(lock)
@@ -241,7 +258,7 @@ class Folder:
             new.rename(path)
             if is_synced:
                 self.sync()
-        except OSError:
+        except BaseException:  # Ctrl-C as well
             for left in (new, path):
                 with contextlib.suppress(OSError):
                     left.unlink()

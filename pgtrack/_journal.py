@@ -201,7 +201,10 @@ class Journal:
             raise
 
     def _begin(self, kind: Kind) -> Segment:
-        made = self._open()
+        try:
+            made = self._open()
+        except FileNotFoundError:  # its folder was left meanwhile; there is another now
+            made = self._open()
         present = self._present.setdefault(kind, made)
         if present is not made:  # another thread was faster
             made.delete()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pgtrack._spool import Spool
     from pgtrack.typing import Answer, Clock
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "OwnedLock"]
 
 _CHUNK = 50
 """Records that are encoded before their bytes are looked at."""
@@ -55,6 +55,48 @@ A record has some times the size of the event that is made of it.
 
 _WRITTEN_SIZE = 120
 """What an event that was encoded takes in memory beside its bytes."""
+
+
+class OwnedLock:
+    """A lock that knows its holder, so that a signal handler does not wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._deferred: Callable[[], object] | None = None
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread holds the lock."""
+        return self._owner == threading.get_ident()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        """Take the lock, waiting at most *timeout* seconds; 0 does not wait."""
+        is_taken = self._lock.acquire(timeout != 0, timeout or -1)
+        if is_taken:
+            self._owner = threading.get_ident()
+        return is_taken
+
+    def release(self) -> None:
+        """Give the lock back, and do what was deferred meanwhile."""
+        self._owner = None
+        self._lock.release()
+        act, self._deferred = self._deferred, None
+        if act is not None:
+            act()
+
+    def defer(self, act: Callable[[], object]) -> bool:
+        """Have *act* called when the calling thread, which holds the lock, is done."""
+        if not self.is_mine:
+            return False
+        self._deferred = act
+        return True
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 class Outbox:
@@ -88,6 +130,8 @@ class Outbox:
         is_immediate: Whether they wait for none.
 
         is_retired: Whether no more will come.
+
+        is_finished: Whether nobody brings what is in the queue to its end any more.
     """
 
     def __init__(
@@ -125,10 +169,11 @@ class Outbox:
 
     def _begin(self) -> None:
         """Set what a process has of its own."""
-        self.lock = threading.Lock()
+        self.lock = OwnedLock()
         self.interval = self._batch_interval
         self.is_immediate = False
         self.is_retired = False
+        self.is_finished = False
         self.line = Line(
             ledger=self._ledger,
             release=self._release,
@@ -168,14 +213,17 @@ class Outbox:
             data = self._encoder.encode_here(record)
             if data is None:
                 return False
-            size = _WRITTEN_SIZE + len(data)
-            size *= self.queue.reserve(size)
+            if self.queue.reserve(_WRITTEN_SIZE + len(data)):
+                size = _WRITTEN_SIZE + len(data)
             segment = self._write(journal, "queued" if size else "kept", data)
-        except BaseException:  # the host's, such as Ctrl-C
+        except BaseException as error:
             if size:
                 self.queue.release(size)
             self._ledger.drop("internal_error")
-            raise
+            if not isinstance(error, Exception):  # the host's, such as Ctrl-C
+                raise
+            _diagnostics.internal_error(error)
+            return False
         if size:
             self.queue.append(Written(data, segment, size))
             return True
@@ -219,7 +267,7 @@ class Outbox:
         spool = self._spool
         if spool is None:
             return True
-        if not self.lock.acquire(blocking=False):
+        if not self.lock.acquire(0):
             return False
         try:
             return spool.is_empty if with_adopted else spool.is_own_empty
@@ -437,16 +485,22 @@ class Outbox:
     def _stow(self) -> bool:
         """Move what is in the queue to disk, up to a file's worth; True if it moved."""
         spool = self._spool
-        if spool is None or spool.usable_in > 0:
+        if spool is None or spool.writable_in > 0:
             return False
         time = spool.new_time()
         encoded = self._take(MAX_EVENTS)
         if not encoded:
             self._reach_markers()
             return False
-        if spool.write([data for data, _ in encoded], time, is_at_hand=False) is None:
-            self._line_time = time  # that of before is a file's already
-            self.line.extend(pack(encoded, self._max_batch_bytes))
+        file = None
+        try:
+            data = [data for data, _ in encoded]
+            file = spool.write(data, time, is_at_hand=False)
+        finally:
+            if file is None:
+                self._line_time = time  # that of before is a file's already
+                self.line.extend(pack(encoded, self._max_batch_bytes))
+        if file is None:
             return False
         for _, hold in encoded:
             self._release(hold)
@@ -472,7 +526,9 @@ class Outbox:
         pace must not hold up the queue, or it would never come to its turn.
         """
         spool.sweep()
-        if self._ledger.last_success_ns is not None:
+        # Not ahead of an event that tells sooner whether the endpoint takes any.
+        is_time = self._ledger.last_success_ns is not None or not len(self.queue)
+        if is_time:
             spool.look()
         pause = max(self._replay_at - now, spool.usable_in, 0.0)
         has_own = spool.has_own and not self._is_queue_older(spool)
@@ -489,7 +545,7 @@ class Outbox:
                 self._replay_at = now + pace * (0.75 + random.random() / 2)  # noqa: S311
         if has_any:
             return pause
-        return None if self._ledger.last_success_ns is None else spool.looks_in
+        return spool.looks_in if is_time else None
 
     def _is_queue_older(self, spool: Spool) -> bool:
         """Whether the queue was full, and what had no room in it waits on disk."""
@@ -548,6 +604,7 @@ class Outbox:
             marker.reach()
         self._markers = []
         self.queue.wake_at = 1  # who puts something yet is to see to it himself
+        self.is_finished = True
         self.drop_queued()
         self.close_spool(files)
 

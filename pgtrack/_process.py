@@ -427,6 +427,8 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
 def _end_by_sigterm(number: int, frame: FrameType | None) -> None:
     for worker, _ in _workers():
         _guarded(worker.hurry)  # a server yet ends what is under way, then kills itself
+        if _guarded(worker.defer, lambda: _end_by_sigterm(number, frame)):
+            return  # this thread was interrupted while it wrote events to disk
     if callable(_previous):
         deliver()
         _previous(number, frame)

@@ -43,6 +43,8 @@ class SpooledFile:
         left: Events that have not ended.
 
         next: Where to go on reading; None if all was read.
+
+        failures: How often it could not be read.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SpooledFile:
         self.source = source
         self.name = name
         self.left = count_of(name)
+        self.failures = 0
         self.next: int | None = None if is_at_hand else 0
         self._missing = 0 if is_at_hand else self.left
 

@@ -27,6 +27,7 @@ from pgtrack._folder import (
     batch_name,
     clear_unfinished,
     count_of,
+    disown_all,
     files_in,
     lines_of,
     owners,
@@ -67,6 +68,13 @@ _DISK_AGAIN = 5.0
 
 _SCAN_AGAIN = 1.0
 """Seconds after which it is looked again how full a full spool is."""
+
+_TRIES = 3
+"""Times that a file is tried again which cannot be read."""
+
+_GONE: frozenset[int | None] = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+_GONE |= {errno.ELOOP, None}  # a link, or a named pipe, which cannot be sought in
+"""Errors of reading by which the file is none of ours any more."""
 
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 """Errors of reading that are not the file's."""
@@ -122,6 +130,7 @@ class Spool:
         self._others = 0
         self._unscanned = self._max_bytes  # so that the first write looks
         self._disk_at = 0.0
+        self._room_at = 0.0
         self._look_at = 0.0
         self._scan_at = 0.0
         self._hopeless: set[str] = set()
@@ -160,8 +169,7 @@ class Spool:
 
     def start_over(self) -> None:
         """Forget the parent's files in a forked child."""
-        for folder in (*self._homes.values(), *(s.folder for s in self._adopted)):
-            folder.let_go()
+        disown_all()
         if self.journal is not None:
             self.journal.disown()
         self._begin()
@@ -203,13 +211,24 @@ class Spool:
         )
 
     @property
+    def has_others(self) -> bool:
+        """Whether there are folders of other processes, dead or alive."""
+        return len(owners(self._root)) > len(self._homes)
+
+    @property
     def usable_in(self) -> float:
         """Seconds until a disk that failed is tried again; 0 if it did not."""
         return max(self._disk_at - self._clock.monotonic(), 0.0)
 
+    @property
+    def writable_in(self) -> float:
+        """The same, or until a spool that was full is tried again."""
+        return max(self.usable_in, self._room_at - self._clock.monotonic())
+
     def try_again(self) -> None:
         """Try a disk that failed at once."""
         self._disk_at = 0.0
+        self._room_at = 0.0
 
     # --- writing ---
 
@@ -226,7 +245,7 @@ class Spool:
 
             is_at_hand: Whether the caller goes on to send the events.
         """
-        if self.usable_in > 0:
+        if self.writable_in > 0:
             return None
         data = lines_of(events)
         name = batch_name(time_ns, len(events))
@@ -322,7 +341,7 @@ class Spool:
         while self._total + size > self._max_bytes:
             source = self._oldest_source(self._sources) if can_fit else None
             if source is None:
-                self._disk_at = self._clock.monotonic() + _DISK_AGAIN
+                self._room_at = now + _DISK_AGAIN
                 _diagnostics.note(
                     "spool_full",
                     "pgtrack's spool is full with what this process may not drop: "
@@ -412,10 +431,12 @@ class Spool:
             return file.read(most)
         except OSError as error:
             self.note_error(error)
-            if error.errno in _PASSING:
-                self._disk_at = self._clock.monotonic() + _DISK_AGAIN
-            else:
+            file.failures += 1
+            is_gone = error.errno in _GONE
+            if is_gone or (file.failures > _TRIES and error.errno not in _PASSING):
                 file.give_up()
+            else:
+                self._disk_at = self._clock.monotonic() + _DISK_AGAIN
             return []
 
     def _take(self) -> SpooledFile | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pgtrack import _diagnostics
 from pgtrack._clock import Signal
-from pgtrack._context import SUPPRESSED, push
+from pgtrack._context import SUPPRESSED, current_frame, push
 from pgtrack._outbox import Outbox
 from pgtrack._queue import Marker
 from pgtrack._tracing import untraced
@@ -136,22 +136,23 @@ class Worker:
     # --- called by any thread ---
 
     def _wake(self) -> None:
-        if self._is_abandoned:
-            self._outbox.drop_queued()  # whoever put it had not seen that all is closed
+        if self._is_abandoned:  # whoever put it had not seen that all is closed
+            if self._outbox.is_finished:
+                self._outbox.drop_queued()
             return
         if self._late is not None:
             self._late()
             return
         self._signal.give()
         if self._thread is None:
-            self._start()
+            self.start()
 
     @property
     def _has_thread(self) -> bool:
         thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Start the thread; where none can be had, leave the work to a flush."""
         # Taking the only element is one call into C.  A lock would do for threads, but
         # gevent's lets others run when it is held, and `emit` would wait for them.
@@ -189,12 +190,14 @@ class Worker:
 
             may_rest: Whether, with the endpoint down, it is enough that all is on disk.
         """
-        if self.is_own_thread:
+        frame = current_frame()
+        is_ours = frame is not None and frame.is_suppressed  # as in `before_send`
+        if is_ours or self.is_own_thread or self._outbox.lock.is_mine:
             return False
         if self._outbox.has_ended(with_adopted=may_rest):
             return True
         thread = self._thread
-        if self._is_abandoned and thread is not None:
+        if self._is_abandoned and thread is not None and thread.is_alive():
             thread.join(timeout)  # it has yet to count what it was cut off from
             return self._outbox.has_ended()
         deadline = self._clock.monotonic() + timeout
@@ -225,7 +228,8 @@ class Worker:
 
         With a spool it is written to disk instead, which may take `_MOST_REST` more.
         """
-        if self.is_own_thread:
+        if self.is_own_thread or self._outbox.lock.is_mine:
+            self.rest()
             return False
         self.queue.is_closed = True
         self._deadline = self._clock.monotonic() + timeout
@@ -236,7 +240,7 @@ class Worker:
             self._tell_transport("abort")
         self._signal.give()
         thread = self._thread
-        if thread is not None:
+        if thread is not None and thread.is_alive():  # not while it is being started
             thread.join(_JOIN)
         if self._delivering.acquire(blocking=False):
             try:
@@ -252,16 +256,26 @@ class Worker:
 
     def rest(self) -> None:
         """Bring to disk what could not be sent, if there is a spool."""
-        if self._has_spool and self._outbox.lock.acquire(timeout=_MOST_REST):
+        lock = self._outbox.lock
+        if self._has_spool and not lock.is_mine and lock.acquire(_MOST_REST):
             try:
                 self._outbox.rest_all(self._clock.monotonic() + _MOST_REST)
             finally:
-                self._outbox.lock.release()
+                lock.release()
+
+    def defer(self, act: Callable[[], object]) -> bool:
+        """
+        Have *act* called once the calling thread is done with what it is just doing.
+
+        For a signal handler.  False, and nothing is deferred, if it does nothing here.
+        """
+        return self._outbox.lock.defer(act)
 
     def _leave_to_other(self) -> None:
         """Save what can be saved from a thread that hangs in an attempt."""
         self.rest()
         self._outbox.note_left()
+        self._outbox.is_finished = True
         self._outbox.drop_queued()
         _diagnostics.tell()
 
@@ -277,6 +291,7 @@ class Worker:
         if self._delivering.acquire(timeout=_TAKE_OVER):
             self._late = late
             self._is_abandoned = False
+            self._outbox.is_finished = False
             self._deadline = None
             self.queue.wake_at = 1
             self.queue.is_closed = False

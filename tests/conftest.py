@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 # For Pythons beside the one that has the full tests: they may differ in how they take a
 # kind of value, hardly in how they take one more of a kind.
 settings.register_profile("brief", max_examples=30)
+
+
+def pytest_configure() -> None:
+    """Have processes that tests start be ended by SIGINT, however these were."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -262,6 +262,7 @@ class TestEnvironment:
             ("ENABLED", "maybe", "variable PRODUCTGRAPH_ENABLED must be true or false"),
             ("BATCH_SIZE", "x", "variable PRODUCTGRAPH_BATCH_SIZE must be a whole"),
             ("PROJECT_ID", "", "setting `project_id` must be given when pgtrack is"),
+            ("SPOOL_DIR", "/dev/null/x", "setting `spool_dir` must be a folder that"),
         ],
     )
     def test_a_wrong_one_disables(

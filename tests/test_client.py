@@ -31,6 +31,7 @@ from pgtrack._client import transport_of
 from pgtrack._clock import SYSTEM_CLOCK
 from pgtrack._context import is_session_id
 from pgtrack.testing import FakeClock, RecordingTransport, capture
+from pgtrack.typing import Answer, Verdict
 
 OPTIONS: dict[str, Any] = {"project_id": "p", "endpoint": "console:"}
 
@@ -615,6 +616,38 @@ class TestEnd:
         )
 
         assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestSpool:
+    """What rests on disk for the next process."""
+
+    def test_a_client_without_an_event_replays(self, tmp_path) -> None:
+        """What others left is sent although nothing is emitted."""
+        down = RecordingTransport([Answer(verdict=Verdict.RETRY)] * 100)
+        config = pgtrack.Config(
+            project_id="p", endpoint="console:", spool_dir=tmp_path, replay_rate=None
+        )
+        dead = Client(config, transport=lambda: down)
+        dead.emit("custom", name="left")
+        is_closed = dead.close(5)
+        came = threading.Event()
+
+        def take(_: object) -> Answer:
+            came.set()
+            return Answer(verdict=Verdict.TAKEN)
+
+        recording = RecordingTransport([take])
+        with Client(config, transport=lambda: recording) as client:
+            has_come = came.wait(10)
+
+        assert is_closed
+        assert has_come
+        assert ["left"] == [event.name for event in recording.taken]
+        assert (1, 1, 0) == (
+            client.stats().recovered,
+            client.stats().delivered,
+            client.stats().spooled,
+        )
 
 
 class TestSecondThoughts:

@@ -104,6 +104,20 @@ class TestAppend:
     """Writing one event."""
 
     @pytest.mark.parametrize("kind", KINDS)
+    def test_a_folder_that_is_left_meanwhile(self, tmp_path, kind: Kind) -> None:
+        """A folder that goes between its name and the file is replaced by the next."""
+        gone, present = Folder.create(tmp_path), Folder.create(tmp_path)
+        assert gone.leave()
+        homes = itertools.chain([gone, gone], itertools.repeat(present))
+        journal = Journal(homes.__next__, itertools.count(1).__next__, is_synced=False)
+        segment = journal.append(kind, b"1")
+        journal.disown()
+        present.let_go()
+
+        assert segment.folder is present
+        assert [b"1"] == present.read(segment.name, 0, 100).events
+
+    @pytest.mark.parametrize("kind", KINDS)
     def test_it_is_there_at_once(self, bench: Bench, kind: Kind) -> None:
         """When it returns, the event is a line of a file that only we may read."""
         segment = bench.journal.append(kind, b'{"n":1}')

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import start_together
 from pgtrack import Config, _diagnostics
 from pgtrack._folder import Folder
 from pgtrack._journal import Segment
 from pgtrack._ledger import Ledger
-from pgtrack._outbox import Outbox
+from pgtrack._outbox import Outbox, OwnedLock
 from pgtrack._queue import Marker, Written
 from pgtrack._retry import RetryPolicy
 from pgtrack._spool import Spool
@@ -1746,3 +1747,47 @@ class TestStories:
     def test_each_event_is_written_first(self, acts) -> None:
         """With a journal and a small queue, none is missing and none comes twice."""
         self.tell(acts, spool_each_event=True, max_queue_size=60, replay_rate=None)
+
+
+class TestOwnedLock:
+    """A lock that a signal handler need not wait for."""
+
+    def test_it_knows_its_holder(self) -> None:
+        """It is the thread's that took it, and nobody's afterwards."""
+        lock = OwnedLock()
+        with lock:
+            seen = lock.is_mine, start_together(1, lambda _: lock.is_mine)
+
+        assert (True, [False]) == seen
+        assert not lock.is_mine
+
+    def test_it_is_taken_once(self) -> None:
+        """Another thread waits for as long as it wants to, and no longer."""
+        lock = OwnedLock()
+        with lock:
+            waits = start_together(1, lambda _: (lock.acquire(0), lock.acquire(0.01)))
+
+        assert [(False, False)] == waits
+        assert lock.acquire(1)
+
+    def test_what_is_deferred_comes_after(self) -> None:
+        """It is called once, when the lock has been given back."""
+        lock = OwnedLock()
+        called: list[bool] = []
+        with lock:
+            is_deferred = lock.defer(lambda: called.append(lock.acquire(0)))
+            before = list(called)
+        lock.release()
+        with lock:
+            pass
+
+        assert (True, []) == (is_deferred, before)
+        assert [True] == called
+
+    def test_nothing_is_deferred_by_others(self) -> None:
+        """Whoever does not hold the lock does at once what he has to."""
+        lock = OwnedLock()
+
+        assert not lock.defer(list)
+        with lock:
+            assert [False] == start_together(1, lambda _: lock.defer(list))

@@ -51,6 +51,8 @@ class FakeWorker:
         self.is_closed = False
         self.rests = 0
         self.late: list[object] = []
+        self.is_busy = False
+        self.deferred: list[Callable[[], object]] = []
 
     def _call(self, verb: str, timeout: float) -> bool:
         self.calls.append((verb, timeout))
@@ -85,6 +87,12 @@ class FakeWorker:
     def hurry(self) -> None:
         """Note it."""
         self.is_hurried = True
+
+    def defer(self, act: Callable[[], object]) -> bool:
+        """Keep it, if this thread is at something; else it is not deferred."""
+        if self.is_busy:
+            self.deferred.append(act)
+        return self.is_busy
 
     def start_over(self) -> None:
         """Count it."""
@@ -706,6 +714,23 @@ class TestSigterm:
 
         assert [((os.getpid(), signal.SIGTERM), signal.SIG_DFL)] == sent
         assert ["flush", "close"] == [verb for verb, _ in worker.calls]
+
+    def test_in_the_middle_of_writing(self, worker, monkeypatch):
+        """A thread that it interrupts while it has our lock first finishes that."""
+        sent = []
+        self.install()
+        monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
+        worker.is_busy = True
+
+        signal.raise_signal(signal.SIGTERM)
+        before = list(worker.calls), list(sent)
+        worker.is_busy = False
+        (act,) = worker.deferred
+        act()
+
+        assert ([], []) == before
+        assert ["flush", "close"] == [verb for verb, _ in worker.calls]
+        assert [(os.getpid(), signal.SIGTERM)] == sent
 
     def test_handler_before(self, worker):
         """It delivers, and calls the handler that was there, as Python would."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from harness import BrokenDisk, in_fork, run_script, start_together
-from pgtrack import Config, ConfigError, _diagnostics, _source, _spool
+from pgtrack import Config, ConfigError, _diagnostics, _folder, _source, _spool
 from pgtrack._folder import (
     batch_name,
     files_in,
@@ -598,22 +598,33 @@ class TestNextProcess:
         bench.emit(names(3))
         bench.adopt()
 
-        def child() -> tuple[list[bytes], int]:
-            before = len(os.listdir("/dev/fd"))  # noqa: PTH208  they are no paths
+        locks = [(folder._lock, folder._opened) for folder in _folder._held.values()]
+
+        def is_open(number: int, opened: os.stat_result) -> bool:
+            try:
+                return os.path.samestat(os.fstat(number), opened)
+            except OSError:
+                return False
+
+        def child() -> tuple[list[bytes], list[bool]]:
             bench.spool.start_over()
             bench.ledger.reset()
-            closed = before - len(os.listdir("/dev/fd"))  # noqa: PTH208
+            left = [is_open(*lock) for lock in locks]
             bench.emit([b"child"])
             bench.adopt()
-            return bench.replay(), closed
+            return bench.replay(), left
 
-        assert ([b"child"], 2) == in_fork(child)
+        assert ([b"child"], [False] * len(locks)) == in_fork(child)
+        assert len(locks) >= 2
         assert [*names(3), b"dead"] == bench.replay()
         assert bench.stats.is_balanced
 
-    def test_what_is_only_for_a_journal(self, bench: Bench) -> None:
+    def test_what_is_only_for_a_journal(self, bench: Bench, monkeypatch) -> None:
         """Without a journal there is nothing to rotate, nor to disown in a child."""
         bench.emit(names(2))
+        held = _folder._held.items()
+        own = {key: folder for key, folder in held if bench.root in folder.path.parents}
+        monkeypatch.setattr(_folder, "_held", own)  # there is no child here
         bench.spool.rotate()
         before = on_disk(bench.root)
         bench.spool.start_over()
@@ -863,7 +874,8 @@ class TestBounds:
 
         assert not is_written
         assert {} == {**bench.stats.dropped}
-        assert bench.spool.usable_in > 0
+        assert bench.spool.writable_in > 0
+        assert 0 == bench.spool.usable_in
         bench.spool.try_again()
         assert [b"x" * 20_000] == bench.replay()
         assert [b"s" * 70_000] == sibling.replay()

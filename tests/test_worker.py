@@ -964,7 +964,7 @@ class TestThread:
         bench = Bench()
         bench.put("a")
         thread = bench.worker._thread
-        bench.worker._start()
+        bench.worker.start()
         same = bench.worker._thread
         bench.worker.close(1)
 
@@ -1261,7 +1261,7 @@ class TestWithoutThread:
             return send(events, timeout)
 
         bench.recording.send = slowly  # type: ignore[method-assign]
-        monkeypatch.setattr(bench.worker, "_start", lambda: None)
+        monkeypatch.setattr(bench.worker, "start", lambda: None)
 
         def act(i: int) -> bool:
             if i == 0:
@@ -1353,7 +1353,7 @@ class TestReentrancy:
         for interrupt in interrupts(_queue, _worker):
             bench = Bench(batch_interval=60)
             if is_threadless:
-                monkeypatch.setattr(bench.worker, "_start", lambda: None)
+                monkeypatch.setattr(bench.worker, "start", lambda: None)
             bench.put("outer")
 
             def act(bench: Bench = bench, interrupt: Interrupt = interrupt) -> None:
@@ -1686,6 +1686,47 @@ class TestCloseWithSpool:
         left = [*"abcde"] if answer is TAKEN else ["sent", *"abcde"]
         assert len(left) == bench.ledger.stats().spooled
         assert left == self.recover(tmp_path)[0]
+
+    def test_an_event_that_comes_meanwhile(self, tmp_path, monkeypatch) -> None:
+        """What is put by somebody who had not seen the end costs none of the others."""
+        gate = Gate(TAKEN, can_abort=False)
+        bench = Bench(transport=gate, spool_dir=tmp_path, batch_size=1)
+        bench.put("sent")
+        assert gate.is_sending.wait(10)
+        for name in "abc":
+            bench.put(name)
+        queue, outbox = bench.worker.queue, bench.worker._outbox
+        rest_all = outbox.rest_all
+
+        def rest_all_late(deadline: float) -> None:
+            queue.is_closed = False
+            queue.wake_at = 1
+            bench.put("late")
+            queue.is_closed = True
+            rest_all(deadline)
+
+        monkeypatch.setattr(outbox, "rest_all", rest_all_late)
+        bench.worker.close(0.1)
+        stats = bench.ledger.stats()
+        monkeypatch.undo()
+        gate.go.set()
+        assert wait_until(lambda: not threads_named("pgtrack"))
+
+        assert ({}, 5) == (stats.dropped, stats.spooled)
+        assert [*"abc", "late"] == self.recover(tmp_path)[0]
+
+    def test_a_thread_that_is_being_started(self, tmp_path) -> None:
+        """Closing does not wait for a thread that another one has yet to start."""
+        bench = Bench(spool_dir=tmp_path)
+        bench.worker._thread = threading.Thread(target=bench.worker._run)
+        bench.put("event")
+        bench.worker.close(0.1)
+        stats = bench.ledger.stats()
+
+        assert ({}, 0) == (stats.dropped, stats.pending)
+        assert stats.is_balanced
+        assert 1 == stats.delivered + stats.spooled
+        assert not bench.worker.flush(0.1)
 
     def test_one_that_is_cut(self, tmp_path) -> None:
         """A transport that can be aborted ends the thread, and all is on disk."""
