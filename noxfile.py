@@ -29,7 +29,7 @@ PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
 BEYOND_THE_KIT = ("collector", "end_to_end", "integrations")
 
 # Those of `tests/end_to_end` that can go on for longer.
-LONG_TESTS = ("kills", "siblings", "gigabyte")
+LONG_TESTS = ("kills", "siblings", "gigabyte", "exit_matrix")
 
 
 @nox.session

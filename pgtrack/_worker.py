@@ -12,6 +12,7 @@ What callers tell the worker are flags, set before they wake it.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 from typing import TYPE_CHECKING, Literal
@@ -197,8 +198,8 @@ class Worker:
         if self._outbox.has_ended(with_adopted=may_rest):
             return True
         thread = self._thread
-        if self._is_abandoned and thread is not None and thread.is_alive():
-            thread.join(timeout)  # it has yet to count what it was cut off from
+        if self._is_abandoned and thread is not None:
+            _join(thread, timeout)  # it has yet to count what it was cut off from
             return self._outbox.has_ended()
         deadline = self._clock.monotonic() + timeout
         marker = Marker(may_rest=may_rest)
@@ -240,8 +241,8 @@ class Worker:
             self._tell_transport("abort")
         self._signal.give()
         thread = self._thread
-        if thread is not None and thread.is_alive():  # not while it is being started
-            thread.join(_JOIN)
+        if thread is not None:
+            _join(thread, _JOIN)
         if self._delivering.acquire(blocking=False):
             try:
                 self._finish()
@@ -475,3 +476,8 @@ def _thread(name: str, work: Callable[[], None]) -> threading.Thread:
     """Return a daemon thread that does *work*, outside of any context."""
     run = contextvars.Context().run
     return threading.Thread(target=run, args=(work,), name=name, daemon=True)
+
+
+def _join(thread: threading.Thread, timeout: float) -> None:
+    with contextlib.suppress(RuntimeError):  # another one is just starting it
+        thread.join(timeout)

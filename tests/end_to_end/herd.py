@@ -392,6 +392,7 @@ def _load(options: dict[str, Any]) -> None:
 
     import pgtrack
 
+    options = {**options, "project_id": "nobody"}  # who recovers nothing
     pgtrack.Client(pgtrack.Config(**options)).close()
     httpx.HTTPTransport().close()
     gc.collect()

@@ -532,6 +532,10 @@ def names_in(server: Server) -> Counter[str]:
     return Counter(names.values())
 
 
+_IS_LONG = "PGTRACK_SOAK" in os.environ
+"""Whether all columns are wanted, rather than those that find most."""
+
+
 @pytest.fixture(name="outcomes")
 def _outcomes(row: Row, tmp_path: Path) -> dict[str, Outcome]:
     """Return what becomes of a row in each column; all run side by side."""
@@ -549,6 +553,9 @@ def _outcomes(row: Row, tmp_path: Path) -> dict[str, Outcome]:
             "spool_each_event": bool(row.lost),
         },
     }
+
+    if not _IS_LONG:  # `test_exit.py` has the like; the spool's server hangs, too
+        del columns["hanging"], columns["nobody"]
 
     def work(i: int) -> tuple[str, Outcome]:
         column = list(columns)[i]
@@ -579,10 +586,11 @@ def test_end(row, outcomes):
         assert Counter(row.events) + lost == alive.taken
         assert Counter(row.events) == alive.arrived
 
-    for column in ("hanging", "nobody", "spool"):
-        took = outcomes[column].seconds - alive.seconds
+    without = [outcomes[c] for c in ("hanging", "nobody") if c in outcomes]
+    for outcome in (*without, outcomes["spool"]):
+        took = outcome.seconds - alive.seconds
         assert took < row.ends * _EXIT_TIMEOUT + _SLACK
-    for outcome in (outcomes["hanging"], outcomes["nobody"]):
+    for outcome in without:
         assert Counter() == outcome.arrived
         if row.events is not None:
             assert outcome.taken <= alive.taken

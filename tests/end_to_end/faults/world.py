@@ -662,7 +662,8 @@ class Case:
             return
         is_complete = set(reports) >= set(self.processes[0].marks)
         mine = [r["stats"] for name, r in reports.items() if name[0] == "a"]
-        spooled = sum(each["spooled"] for each in mine)
+        # What one has recovered, another one has spooled before.
+        spooled = sum(each["spooled"] - each["recovered"] for each in mine)
         if is_complete and not self.ends.lost and spooled != len(self.left):
             self.say(f"{spooled} counted as spooled, {len(self.left)} are in files")
         by_next = len(first & self.names_left)
