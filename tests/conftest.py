@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from pgtrack import Stats, _api, _context, _diagnostics
+from pgtrack import Stats, _api, _context, _diagnostics, _folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ def _fresh_kit(
     monkeypatch: pytest.MonkeyPatch,
     _no_leaked_thread: None,  # looks when this one has closed the clients
 ) -> Iterator[None]:
-    """No default client, no correlation, no log lines kept; our errors are raised."""
+    """No default client, correlation, log line or lock; our errors are raised."""
     monkeypatch.setattr(_diagnostics, "reraise", True)
     _diagnostics._notes.clear()
     _diagnostics._quiet_until.clear()
@@ -70,6 +70,7 @@ def _fresh_kit(
         used.close(0.0)
     _api._retired.clear()
     _api._past = Stats()
+    _folder.disown_all()
     _context.switch(None)
 
 

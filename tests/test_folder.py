@@ -15,7 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import BrokenDisk, in_fork, run_script, start_together
+from harness import (
+    BrokenDisk,
+    in_fork,
+    open_descriptors,
+    run_script,
+    start_together,
+)
 from pgtrack import _folder
 from pgtrack._folder import (
     Folder,
@@ -40,17 +46,12 @@ NAME = batch_name(7, 3)
 ERRORS = [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENOENT]
 
 
-def open_numbers() -> set[str]:
-    """Return the numbers of all descriptors of this process."""
-    return set(os.listdir("/dev/fd"))  # noqa: PTH208  they are no paths
-
-
 @pytest.fixture(autouse=True)
 def _no_leaked_descriptor() -> Iterator[None]:
     """Every descriptor that a test opened is closed with it."""
-    before = open_numbers()
+    before = open_descriptors()
     yield
-    assert before == open_numbers()
+    assert not open_descriptors() - before
 
 
 @pytest.fixture(name="folder")

@@ -28,6 +28,7 @@ import trustme
 from harness import (
     VERSIONS,
     ChildError,
+    Counting,
     Exchange,
     ProductGraph,
     Reply,
@@ -1580,6 +1581,38 @@ class TestFaults:
         server.script = [lambda request: Wire([b"HTTP/1.1 ", request.method.encode()])]
 
         assert b"HTTP/1.1 POST" == converse(server, raw_request(b""))
+
+
+class TestCounting:
+    """
+    The server that remembers ids alone.
+    """
+
+    def test_ids(self) -> None:
+        """
+        What comes again under its id is told from what comes under another one.
+        """
+        core = Counting()
+        for names in ({"a": "1", "b": "2"}, {"a": "1"}, {"b": "3"}):
+            events = [{"event.name": n, "event_id": i} for n, i in names.items()]
+            body = json.dumps({"events": events}).encode()
+            reply = core.respond("POST", "/v1/events", {}, body)
+            assert reply is not None
+            assert 202 == reply.status
+
+        assert {"a": "1", "b": "2"} == core.ids
+        assert {"a": 1} == core.duplicates
+        assert ["b"] == core.strangers
+        assert 4 == core.total
+
+    def test_garbage(self) -> None:
+        """
+        What is no batch is refused.
+        """
+        reply = Counting().respond("POST", "/v1/events", {}, b"{")
+        assert reply is not None
+
+        assert 400 == reply.status
 
 
 class TestStartTogether:

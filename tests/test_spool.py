@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness import BrokenDisk, in_fork, run_script, start_together
+from harness import (
+    BrokenDisk,
+    in_fork,
+    open_descriptors,
+    run_script,
+    start_together,
+)
 from pgtrack import Config, ConfigError, _diagnostics, _folder, _source, _spool
 from pgtrack._folder import (
     batch_name,
@@ -153,11 +159,11 @@ def name(count: int, age: float = 1.0) -> str:
 @pytest.fixture(autouse=True)
 def _no_leaked_descriptor(monkeypatch, _benches) -> Iterator[None]:
     """Every descriptor that a test opened is closed with its benches."""
-    before = set(os.listdir("/dev/fd"))  # noqa: PTH208  they are no paths
+    before = open_descriptors()
     yield
     for bench in _benches:
         bench.close()
-    assert before == set(os.listdir("/dev/fd"))  # noqa: PTH208
+    assert not open_descriptors() - before
 
 
 @pytest.fixture(name="_benches")

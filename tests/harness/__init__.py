@@ -10,7 +10,7 @@ Stand in for the other side of the wire, and run code side by side, forked or af
   jammed, is the `Server`'s own doing.
 - `start_together`, `in_fork` and `run_script`: threads, a forked child, a fresh
   interpreter.
-- `BrokenDisk`: system calls that fail.
+- `BrokenDisk` and `open_descriptors`: system calls that fail, and what they leave open.
 - `Background`: a program that runs until it is told to end.
 - `interrupts`: a function called in the middle of another, at each bytecode.
 - `Call`, `http_scope` and `uvicorn_server`: an ASGI application, called by hand or
@@ -27,7 +27,7 @@ from __future__ import annotations
 from .asgi import Call, http_scope, uvicorn_server
 from .background import Background
 from .counting import Counting
-from .disk import BrokenDisk
+from .disk import BrokenDisk, open_descriptors
 from .faults import (
     cut,
     drip,
@@ -90,6 +90,7 @@ __all__ = [
     "interrupts",
     "leave",
     "load_vectors",
+    "open_descriptors",
     "poison",
     "redirect",
     "reject",

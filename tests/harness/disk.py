@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -121,3 +121,13 @@ class _File(io.FileIO):
     def write(self, data: Any) -> int:
         self._disk.count("write")
         return super().write(bytes(data[: max(len(data) // 2, 1)])) or 0
+
+
+def open_descriptors() -> set[tuple[int, int, int]]:
+    """Return which file each descriptor of this process is open on."""
+    found = set()
+    for number in map(int, os.listdir("/dev/fd")):  # noqa: PTH208  they are no paths
+        with suppress(OSError):  # the one that lists them
+            status = os.fstat(number)
+            found.add((number, status.st_dev, status.st_ino))
+    return found
