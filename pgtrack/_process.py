@@ -189,7 +189,7 @@ class _Exit:
         if self._spent is None:  # let go of without a call, as in a forked child
             return
         lingering = self._finish()
-        if "gevent" in sys.modules:  # whose loop is not to be relied upon any more
+        if _are_threads_greenlets():  # their loop is not to be relied upon any more
             return
         modules = _needed_modules()
         for worker, config in lingering:
@@ -205,6 +205,11 @@ class _Exit:
         finally:
             self._spent = spent + SYSTEM_CLOCK.monotonic() - began
             _keep_status()
+
+
+def _are_threads_greenlets() -> bool:
+    monkey: Any = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("threading"))
 
 
 def _finish_for_now(spent: float = 0.0) -> list[tuple[Worker, Config]]:

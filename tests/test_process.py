@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import types
 import weakref
 from multiprocessing import process, util
 from types import ModuleType
@@ -294,16 +295,18 @@ class TestExit:
 
         assert 1 + has_spool == len(worker.late)
 
-    def test_gevent(self, adopt, exit_, monkeypatch):
-        """Under gevent nobody takes more once its loop may be gone."""
+    @pytest.mark.parametrize("patched", ["threading", "socket"])
+    def test_gevent(self, adopt, exit_, monkeypatch, patched):
+        """Where threads are greenlets nobody takes more: their loop may be gone."""
         worker = adopt()
         worker.delivered = 1
-        monkeypatch.setitem(sys.modules, "gevent", None)
+        monkey = types.SimpleNamespace(is_module_patched=patched.__eq__)
+        monkeypatch.setitem(sys.modules, "gevent.monkey", monkey)
 
         exit_()
         exit_.__del__()
 
-        assert [_process._keep] == worker.late
+        assert (1 if patched == "threading" else 2) == len(worker.late)
 
     def test_time(self, adopt, exit_):
         """Both moments share one `exit_timeout`, but for a little."""

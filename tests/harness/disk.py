@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import io
 import os
+import stat
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,10 +125,11 @@ class _File(io.FileIO):
 
 
 def open_descriptors() -> set[tuple[int, int, int]]:
-    """Return which file each descriptor of this process is open on."""
+    """Return which files and folders descriptors of this process are open on."""
     found = set()
     for number in map(int, os.listdir("/dev/fd")):  # noqa: PTH208  they are no paths
         with suppress(OSError):  # the one that lists them
             status = os.fstat(number)
-            found.add((number, status.st_dev, status.st_ino))
+            if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+                found.add((number, status.st_dev, status.st_ino))
     return found

@@ -5,12 +5,16 @@ Interrupt a function at each of its bytecodes, as a signal handler or finaliser 
 from __future__ import annotations
 
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import FrameType, ModuleType
+    from types import CodeType, FrameType, ModuleType
+
+    Step = Callable[[CodeType, int], None]
 
 T = TypeVar("T")
 
@@ -39,37 +43,73 @@ class Interrupt:
 
         Neither *action* nor any other thread is interrupted itself.
         """
+        thread = threading.get_ident()
+
+        def step(code: CodeType, line: int) -> None:
+            if self.place is None and threading.get_ident() == thread:
+                if self._left == 0:
+                    self.place = f"{Path(code.co_filename).name}:{line}"
+                    action()
+                self._left -= 1
+
+        with _stepping(self._files, step):
+            return function()
+
+
+if sys.version_info >= (3, 12):
+    # Tracing tells of a code's bytecodes there only when it runs again, if at all.
+
+    @contextmanager
+    def _stepping(files: tuple[str, ...], step: Step) -> Iterator[None]:
+        """Have *step* called before each bytecode of *files*."""
+        monitoring = sys.monitoring
+
+        def tell(code: CodeType, offset: int) -> object:
+            del offset
+            if not code.co_filename.startswith(files):
+                return monitoring.DISABLE
+            step(code, sys._getframe(1).f_lineno)
+            return None
+
+        tool, event = monitoring.DEBUGGER_ID, monitoring.events.INSTRUCTION
+        monitoring.use_tool_id(tool, __name__)
+        monitoring.register_callback(tool, event, tell)
+        monitoring.set_events(tool, event)
+        try:
+            yield
+        finally:
+            monitoring.set_events(tool, 0)
+            monitoring.register_callback(tool, event, None)
+            monitoring.free_tool_id(tool)
+
+else:
+
+    @contextmanager
+    def _stepping(files: tuple[str, ...], step: Step) -> Iterator[None]:
+        """Have *step* called before each bytecode of *files* on this thread."""
 
         def trace(frame: FrameType, event: str, arg: Any) -> Any:
             del arg
-            if not frame.f_code.co_filename.startswith(self._files):
+            if not frame.f_code.co_filename.startswith(files):
                 return None
 
             frame.f_trace_opcodes = True
             frame.f_trace_lines = False
-            if event == "opcode" and self.place is None:
-                if self._left == 0:
-                    name = Path(frame.f_code.co_filename).name
-                    self.place = f"{name}:{frame.f_lineno}"
-                    action()
-                self._left -= 1
-
+            if event == "opcode":
+                step(frame.f_code, frame.f_lineno)
             return trace
 
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            return function()
+            yield
         finally:
             sys.settrace(before)
 
 
 def interrupts(*modules: ModuleType) -> Iterator[Interrupt]:
     """
-    Give an interrupt for each bytecode in turn; the first and last do not happen.
-
-    Before Python 3.12 these are all bytecodes; later ones tell of a code's bytecodes
-    only when it runs again, hence the first, and 3.13 of some none at all.
+    Give an interrupt for each bytecode in turn; the last does not happen.
 
     Args:
         modules: Modules whose code is interrupted; packages stand for all of theirs.
@@ -80,7 +120,6 @@ def interrupts(*modules: ModuleType) -> Iterator[Interrupt]:
         else str(module.__file__)
         for module in modules
     )
-    yield Interrupt(sys.maxsize, files)
     step = 0
     while True:
         interrupt = Interrupt(step, files)

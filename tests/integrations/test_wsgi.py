@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import http.client
+import importlib.util
 import io
 import itertools
 import random
@@ -1629,7 +1630,8 @@ class TestServers:
 
     def test_gevent(self) -> None:
         """Greenlets of one thread keep apart, and lists get their length."""
-        pytest.importorskip("gevent")
+        if not importlib.util.find_spec("gevent"):  # it changes what imports it
+            pytest.skip("gevent is not installed")
         done = run_script(GEVENT)
 
         assert ("ok\n", "") == (done.stdout, done.stderr)
