@@ -23,6 +23,8 @@ from pgtrack._retry import RetryPolicy
 
 THREADS = 32
 EVENTS = 200_000
+BOUND = 5_000_000
+"""Nanoseconds of a thread's own time that one call of emit may take."""
 
 # The server has a process of its own: what is measured here must not wait for it.  It
 # reads events as ProductGraph does, if less strictly than the harness, which takes
@@ -158,6 +160,15 @@ def test_many_threads(faults, is_doubled):
     and fail, the same `event_id` comes again.
     """
     total = EVENTS if not is_doubled else EVENTS // 10
+    worst = emit_all(total, faults, is_doubled=is_doubled)
+    if worst >= BOUND:  # a pause of the machine does not come twice, a slow way does
+        worst = emit_all(total, faults, is_doubled=is_doubled)
+
+    assert worst < BOUND, "nanoseconds"
+
+
+def emit_all(total: int, faults: list[str], *, is_doubled: bool) -> int:
+    """Emit, deliver and count *total* events, and return the longest that one took."""
     each = total // THREADS
     with Process(faults, seed=7) as process:
         client = pgtrack.configure(
@@ -189,7 +200,7 @@ def test_many_threads(faults, is_doubled):
     assert (total, total) == (stats.emitted, stats.delivered)
     assert stats.is_balanced
     assert {} == stats.dropped
-    assert worst < 5_000_000, "nanoseconds"
+    return worst
 
 
 def test_memory(server):
