@@ -24,9 +24,11 @@ settings.register_profile("brief", max_examples=30)
 
 
 def pytest_configure() -> None:
-    """Have processes that tests start be ended by SIGINT, however these were."""
+    """Have signals end the processes that tests start, however these were started."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
