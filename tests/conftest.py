@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from harness import heed_signals
 from pgtrack import Stats, _api, _context, _diagnostics, _folder
 
 if TYPE_CHECKING:
@@ -24,11 +24,8 @@ settings.register_profile("brief", max_examples=30)
 
 
 def pytest_configure() -> None:
-    """Have signals end the processes that tests start, however these were started."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Have signals end the processes that tests start."""
+    heed_signals()
 
 
 def pytest_collection_finish() -> None:

@@ -9,7 +9,7 @@ Stand in for the other side of the wire, and run code side by side, forked or af
 - Those of a connection: `ignore`, `sip` and `hang_up`. A port that refuses, or is
   jammed, is the `Server`'s own doing.
 - `start_together`, `in_fork` and `run_script`: threads, a forked child, a fresh
-  interpreter.
+  interpreter; `heed_signals`, so that signals end them.
 - `BrokenDisk` and `open_descriptors`: system calls that fail, and what they leave open.
 - `Background`: a program that runs until it is told to end.
 - `interrupts`: a function called in the middle of another, at each bytecode.
@@ -50,7 +50,7 @@ from .faults import (
 from .hostile import assert_harmless, fits, hostile_values
 from .interrupts import Interrupt, interrupts
 from .productgraph import VERSIONS, ProductGraph, Reply, Request
-from .runners import ChildError, in_fork, run_script, start_together
+from .runners import ChildError, heed_signals, in_fork, run_script, start_together
 from .server import Arrival, Exchange, Server, Step, Welcome, Wire
 from .vectors import body_of, load_vectors
 
@@ -82,6 +82,7 @@ __all__ = [
     "garbage",
     "hang",
     "hang_up",
+    "heed_signals",
     "hostile_values",
     "http_scope",
     "ignore",

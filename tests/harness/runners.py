@@ -30,6 +30,14 @@ _GRACE = 5.0
 _TESTS = Path(__file__).resolve().parent.parent
 
 
+def heed_signals() -> None:
+    """Have signals end the processes that tests start, however these were started."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start_together(
     n: int, function: Callable[[int], T], *, timeout: float = 30
 ) -> list[T]:

@@ -25,6 +25,7 @@ sys.path[0] = str(TESTS)  # instead of this folder
 
 from end_to_end.faults.rows import GROUPS, ROWS  # noqa: E402
 from end_to_end.faults.world import Nursery, Outcome, Row, run  # noqa: E402
+from harness import heed_signals  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,6 +69,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="rows as in the tests")
     parser.add_argument("--json", action="store_true", help="a line for each outcome")
     arguments = parser.parse_args()
+    heed_signals()
     modes = {"yes": [True], "no": [False], None: [False, True]}[arguments.spool]
     names = arguments.only or list(ROWS)
     outcomes = []

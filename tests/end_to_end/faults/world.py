@@ -192,6 +192,8 @@ class Outcome:
     duplicates: int = 0
     worst_seconds: float = 0.0
     worst_cpu_seconds: float = 0.0
+    worst_own_seconds: float = 0.0
+    is_slow: bool = False
     took: float = 0.0
 
 
@@ -406,9 +408,23 @@ def _problems_of_modes(spool: Path) -> Iterator[str]:
 
 def run(row: Row, folder: Path, nursery: Nursery | None, *, has_spool: bool) -> Outcome:
     """Run a row, and judge it; with a nursery, small and by forked processes."""
-    began = time.monotonic()
     if nursery is not None:
         row = replace(row, program={**row.program, **row.small})
+    outcome = _run(row, folder, nursery, has_spool=has_spool)
+    if outcome.is_slow:  # a pause of the machine does not come twice, a slow way does
+        again = folder / "again"
+        again.mkdir()
+        outcome = _run(row, again, nursery, has_spool=has_spool)
+        if outcome.is_slow:
+            worst = outcome.worst_own_seconds * 1e3
+            outcome.problems.append(f"emit took {worst:.1f} ms of the processor")
+    return outcome
+
+
+def _run(
+    row: Row, folder: Path, nursery: Nursery | None, *, has_spool: bool
+) -> Outcome:
+    began = time.monotonic()
     ends = row.spooled if has_spool else row.plain
     assert ends is not None
     with World(row, folder, nursery, has_spool=has_spool) as world:
@@ -587,9 +603,6 @@ class Case:
             self.ends.dropped
         ):
             self.say(f"{name} has internal errors: {report['lines']}")
-        if report["worst_own_seconds"] > self.row.may_call:
-            worst = report["worst_own_seconds"] * 1e3
-            self.say(f"{name}: emit took {worst:.1f} ms of the processor")
         process = next(p for p in self.processes if p.name[0] == name[0])
         bound = process.plan["options"]["exit_timeout"]
         if report["ending_seconds"] > bound + _SLACK:
@@ -687,6 +700,7 @@ class Case:
     def outcome(self, words: str) -> Outcome:
         """Return what is to be told of the row."""
         reports = [r for p in self.processes for r in p.reports.values()]
+        worst_own = max((r["worst_own_seconds"] for r in reports), default=0.0)
         return Outcome(
             row=self.row.name,
             has_spool=self.world.spool is not None,
@@ -697,4 +711,6 @@ class Case:
             worst_cpu_seconds=max(
                 (r["worst_cpu_seconds"] for r in reports), default=0.0
             ),
+            worst_own_seconds=worst_own,
+            is_slow=worst_own > self.row.may_call,
         )
